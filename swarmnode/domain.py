@@ -1,0 +1,110 @@
+"""The nouns that everybody shares: frozen, plain, without behaviour that needs the world."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, NewType
+
+PeerId = NewType("PeerId", str)
+"""A libp2p peer id in base58: the hash of the peer's Ed25519 public key."""
+JobId = NewType("JobId", str)
+"""The first 16 hex digits of the SHA-256 of the job's canonical manifest."""
+Generation = NewType("Generation", int)
+"""The fencing token: grows with every change of a placement; lower ones are dropped."""
+
+
+class SlotId(NamedTuple):
+    """One virtual replica of a stage: the unit of placement and of numerics."""
+
+    stage: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """What a machine's best device can do, measured on the machine itself."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    flops: Mapping[str, float]
+    """Matrix FLOP/s by dtype name: float32, bfloat16."""
+    memory_bytes_per_s: float
+    memory_total_bytes: int
+    memory_free_bytes: int
+    num_cores: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the volunteer allows."""
+
+    memory_bytes: int
+    """Most device memory that jobs may use together."""
+    num_threads: int
+    """Most CPU threads that one worker child may use."""
+
+
+@dataclass(frozen=True)
+class Advert:
+    """A peer as it describes itself in the directory; signed with the peer's own key."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+    device: DeviceSpec
+    limits: Limits
+    version: str
+    incarnation: int
+    """Grows with every start of the daemon, so that a late record of an earlier life loses."""
+    expires_at_s: float
+    """Wall clock, seconds since 1970; at most the directory's longest lease ahead."""
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """Content by its hash: at most `wire.MAX_BLOB_BYTES`, checked before it is used."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which peer hosts which slot in one generation, and why."""
+
+    generation: Generation
+    layers: tuple[tuple[int, int], ...]
+    """Per stage: the half-open range of decoder layers."""
+    slots: tuple[tuple[PeerId, ...], ...]
+    """slots[stage][slot] is the peer that hosts it."""
+    coordinator: PeerId
+    addresses: Mapping[PeerId, tuple[str, ...]] = field(default_factory=dict)
+    """Where each named peer is reached."""
+    reasons: tuple[str, ...] = ()
+    predicted_step_s: float = 0.0
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.slots[0])
+
+    def host(self, slot: SlotId) -> PeerId:
+        return self.slots[slot.stage][slot.slot]
+
+    def hosted_by(self, peer: PeerId) -> tuple[SlotId, ...]:
+        """The slots of `peer`, by stage, then by slot."""
+        return tuple(
+            SlotId(s, v)
+            for s, row in enumerate(self.slots)
+            for v, host in enumerate(row)
+            if host == peer
+        )
+
+    def workers(self) -> tuple[PeerId, ...]:
+        """Every peer that hosts a slot, sorted, once."""
+        return tuple(sorted({peer for row in self.slots for peer in row}))
+
+    def names(self, peer: PeerId) -> bool:
+        """Whether `peer` has any business with this job."""
+        return peer == self.coordinator or any(peer in row for row in self.slots)
