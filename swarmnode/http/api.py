@@ -1,0 +1,169 @@
+"""What the HTTP layer may ask of the node it runs in; the daemon implements it.
+
+Views are plain data, ready for JSON. Every method raises errors of `swarmnode.errors` only.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from swarmnode.domain import JobId, PeerId
+from swarmnode.wire import Sampling
+
+
+@dataclass(frozen=True)
+class PeerView:
+    """A peer as this node sees it."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+    device: str
+    kind: str
+    flops: Mapping[str, float]
+    memory_bytes_per_s: float
+    memory_total_bytes: int
+    memory_free_bytes: int
+    num_cores: int
+    version: str
+    expires_in_s: float
+    is_self: bool
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """This node."""
+
+    peer: PeerId
+    version: str
+    home: str
+    join_address: str
+    """What another machine gives to `swarmnode up --join`."""
+    transport_addresses: tuple[str, ...]
+    http_address: str
+    uptime_s: float
+    num_peers: int
+    device: str
+    hosted: tuple[str, ...]
+    """Slots hosted here, as `JOB stage/slot`."""
+    pids: Mapping[str, int]
+    """The node's processes by role: daemon, directory, worker:<job>."""
+    dropped: Mapping[str, int]
+    """Bad records, refused peers, stale frames and the like, by reason."""
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job that this node coordinates."""
+
+    job: JobId
+    name: str
+    kind: str
+    phase: str
+    """waiting, placing, training, evaluating, saving, serving, failed or stopped."""
+    reason: str
+    """Why it waits, failed or stopped; empty otherwise."""
+    step: int
+    """Committed steps."""
+    num_steps: int
+    loss: float | None
+    """Mean training loss of the last committed step, nats per token."""
+    first_loss: float | None
+    val_loss: float | None
+    """Mean held-out loss of the last evaluation, nats per token."""
+    step_s: float | None
+    """Seconds between the last two commits."""
+    tokens_per_s: float | None
+    tokens_total: int
+    elapsed_s: float
+    bytes_by_kind: Mapping[str, int]
+    """Sent by all workers: activation, activation_gradient, gradient, reduced, blob, control."""
+    generation: int
+    recoveries: int
+    """Times that a lost worker was replaced."""
+    recovery_s: float | None
+    """Seconds from the last loss of a worker to the next commit."""
+    killed_peers: tuple[PeerId, ...]
+    placement: tuple[tuple[PeerId, ...], ...]
+    """placement[stage][slot]; empty while there is none."""
+    layers: tuple[tuple[int, int], ...]
+    plan_reasons: tuple[str, ...]
+    checkpoint_step: int | None
+    """Committed steps that the newest complete checkpoint holds."""
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    """Mean loss of each committed step; left out of lists of jobs."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, logprob) of the likeliest tokens, when asked for."""
+
+
+class ModelView(Protocol):
+    """A served model: what is needed to turn requests into token ids and back."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def job(self) -> JobId: ...
+    @property
+    def created_s(self) -> float: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, tokens: list[int]) -> str: ...
+    @property
+    def end_tokens(self) -> frozenset[int]: ...
+
+
+class NodeApi(Protocol):
+    """The verbs of a node."""
+
+    def node(self) -> NodeView: ...
+
+    def peers(self) -> tuple[PeerView, ...]: ...
+
+    def jobs(self) -> tuple[JobView, ...]: ...
+
+    def job(self, job: str) -> JobView:
+        """By id, by unique prefix of it, or by name (the newest). Raises: NotFoundError."""
+
+    async def submit(self, raw: dict[str, Any], base: Path) -> JobId:
+        """Take a job description (the parsed TOML); `base` is what its paths are relative to.
+
+        Raises: ManifestError, DataError, CapacityError, each one clear line.
+        """
+
+    def watch(self, job: str) -> AsyncIterator[JobView]:
+        """The job now, and again whenever it changes, until it serves, failed or stopped."""
+
+    async def stop(self, job: str) -> None:
+        """Release the job's workers; its checkpoints stay."""
+
+    async def export(self, job: str, directory: Path) -> int:
+        """Write a Hugging Face folder; the number of committed steps it holds.
+
+        Raises: BusyError if the folder exists and is not empty, NotFoundError.
+        """
+
+    def models(self) -> tuple[ModelView, ...]: ...
+
+    def model(self, name: str) -> ModelView:
+        """By name or job id. Raises: NotFoundError."""
+
+    def generate(
+        self, model: ModelView, prompt: list[int], max_tokens: int, sampling: Sampling
+    ) -> AsyncIterator[Token]:
+        """Tokens as the swarm makes them; ends at an end token (not yielded) or `max_tokens`.
+
+        Closing the iterator frees the session on every stage. Raises: CapacityError when the
+        prompt does not fit or another conversation is in progress, PeerError when the route
+        breaks.
+        """

@@ -1,0 +1,278 @@
+"""What a researcher asks for (JobFile, TOML with local paths) and what travels (Manifest).
+
+A Manifest names everything by content hash, so any peer can check what it was given. Both are
+frozen and closed: an unknown key or an impossible value is refused with one clear line.
+"""
+
+import hashlib
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from swarmnode.domain import BlobRef, JobId, PeerId
+from swarmnode.errors import ManifestError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+ComputeDtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A closed, frozen part of a job description."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay on matrices only (Loshchilov and Hutter, 2019)."""
+
+    learning_rate: float = Field(default=3e-3, gt=0, le=10)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(default=0.01, ge=0, lt=1)
+    """Decoupled decay of parameters with two or more dimensions."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Steps of linear rise to the peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls after the warm-up."""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak that is left at the last step."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest global gradient norm; none for no clipping."""
+
+    def learning_rate_at(self, step: int, num_steps: int) -> float:
+        """The rate of step `step` (from 0) in a run of `num_steps`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        span = max(1, num_steps - self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / span)
+        if self.schedule == "constant":
+            return self.learning_rate
+        linear = self.schedule == "linear"
+        fall = 1.0 - done if linear else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.learning_rate * (self.final_fraction + (1.0 - self.final_fraction) * fall)
+
+
+class BatchConfig(Section):
+    """The shape of one step: numerics depend on it, never on who computes it."""
+
+    rows: int = Field(default=4, ge=1, le=4096)
+    """Sequences in one microbatch."""
+    sequence_length: int = Field(default=128, ge=2, le=1 << 20)
+    """Tokens in one sequence."""
+    num_microbatches: int = Field(default=4, ge=1, le=4096)
+    """Microbatches in one step, a multiple of the number of slots."""
+
+
+class CodecConfig(Section):
+    """How tensors are coded on the wire: none, bf16, int8."""
+
+    activation: str = "int8"
+    """Hidden states, from stage to stage."""
+    activation_gradient: str = "int8"
+    """Gradients of hidden states, back from stage to stage."""
+    gradient: str = "none"
+    """Parameter gradients, among the slots of a stage."""
+
+
+class PlacementConfig(Section):
+    """The grid of stages and slots, and how many machines it needs."""
+
+    stages: int = Field(default=2, ge=1, le=256)
+    """Number of pipeline stages, S."""
+    slots: int = Field(default=1, ge=1, le=256)
+    """Number of virtual replicas of each stage, V."""
+    min_peers: int | None = Field(default=None, ge=1)
+    """Fewest machines to run on; one per stage unless given."""
+
+    @property
+    def fewest_peers(self) -> int:
+        return self.min_peers if self.min_peers is not None else self.stages
+
+
+class RunConfig(Section):
+    """How long, from which seed, in which precision."""
+
+    steps: int = Field(default=200, ge=0, le=100_000_000)
+    """Optimizer steps; 0 only serves."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of the initial weights and of the order of samples."""
+    compute: ComputeDtype = "float32"
+    """Precision of matrix products; weights and optimizer stay float32."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on held-out data; 0 for one at the end only."""
+    evaluate_microbatches: int = Field(default=16, ge=1, le=65536)
+    """Microbatches of held-out data in one evaluation (fewer where there is less data)."""
+    checkpoint_every: int = Field(default=100, ge=0)
+    """Steps between checkpoints; 0 for one at the end only."""
+
+
+class JobBase(Section):
+    """What a job file and a manifest share."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the job, and of the model that it serves."""
+    kind: Literal["train", "serve"] = "train"
+    """Whether the job trains, or only serves given weights."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    codecs: CodecConfig = CodecConfig()
+    placement: PlacementConfig = PlacementConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.batch.num_microbatches % self.placement.slots:
+            raise ValueError(
+                f"batch.num_microbatches = {self.batch.num_microbatches} is not a multiple of "
+                f"placement.slots = {self.placement.slots}"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        return self.run.steps if self.kind == "train" else 0
+
+
+class ModelSource(Section):
+    """Where the model comes from: exactly one of the two."""
+
+    config: str | dict[str, Any] | None = None
+    """A Hugging Face config: a path to config.json, or the table itself; weights start random."""
+    path: str | None = None
+    """A Hugging Face folder with config.json and safetensors; training goes on from it."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.config is None) == (self.path is None):
+            raise ValueError("give exactly one of model.config and model.path")
+        return self
+
+
+class DataSource(Section):
+    """Text to train on."""
+
+    path: str
+    """A text file, a folder of text files, or JSONL with a `text` field."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=0.5)
+    """Share of the tokens that is held out."""
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Read at most this much text."""
+
+
+class JobFile(JobBase):
+    """A job as its author writes it; paths are relative to the file."""
+
+    model: ModelSource
+    data: DataSource | None = None
+    tokenizer: str = "bytes"
+    """A tokenizer folder, or `bytes` for one token per byte."""
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Self:
+        if self.kind == "train" and self.data is None:
+            raise ValueError("a job of kind train needs a [data] section with a path")
+        if self.kind == "serve" and self.model.path is None:
+            raise ValueError("a job of kind serve needs model.path, a folder with weights")
+        return self
+
+
+class ModelContent(Section):
+    """The model by content."""
+
+    config: dict[str, Any]
+    """The Hugging Face config."""
+    weights: BlobRef | None = None
+    """The tensor index of the weights to start from; random weights when absent."""
+
+
+class DataContent(Section):
+    """The data by content: two token indexes."""
+
+    train: BlobRef
+    validation: BlobRef
+
+
+class Manifest(JobBase):
+    """A job as it travels: immutable, content-addressed, signed by its submitter."""
+
+    model: ModelContent
+    data: DataContent | None = None
+    tokenizer: BlobRef
+    """A JSON object of file name to text: the tokenizer's folder."""
+    submitter: PeerId
+    submitted_at_s: float = Field(ge=0)
+    """Wall clock; also makes two submissions of the same job distinct."""
+
+    def canonical(self) -> bytes:
+        """The bytes that are hashed and signed: sorted JSON without spaces."""
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
+        ).encode()
+
+    @property
+    def job(self) -> JobId:
+        return JobId(hashlib.sha256(self.canonical()).hexdigest()[:16])
+
+
+def load_job_file(path: Path) -> JobFile:
+    """Read a job file; relative paths in it become absolute.
+
+    Raises: ManifestError with one line that names the key and what is wrong with it.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no such file; give the path of a job file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ManifestError(f"{path}: not readable as TOML: {error}") from error
+    return parse_job(raw, base=path.resolve().parent, source=str(path))
+
+
+def parse_job(raw: dict[str, Any], *, base: Path, source: str) -> JobFile:
+    """Check a job description; `base` is what its relative paths are relative to."""
+    job = check(JobFile, raw, source)
+
+    def absolute(value: str) -> str:
+        return str((base / Path(value).expanduser()).resolve())
+
+    model = job.model
+    if isinstance(model.config, str):
+        model = model.model_copy(update={"config": absolute(model.config)})
+    if model.path is not None:
+        model = model.model_copy(update={"path": absolute(model.path)})
+    data = job.data
+    if data is not None:
+        data = data.model_copy(update={"path": absolute(data.path)})
+    tokenizer = job.tokenizer if job.tokenizer == "bytes" else absolute(job.tokenizer)
+    return job.model_copy(update={"model": model, "data": data, "tokenizer": tokenizer})
+
+
+def check(kind: type[ModelT], raw: object, source: str) -> ModelT:
+    """Validate `raw` against `kind`.
+
+    Raises: ManifestError naming the first wrong key, what it got and what it needs.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            what = f"unknown key {where!r}; remove it or correct its name"
+        else:
+            message = first["msg"].removeprefix("Value error, ")
+            what = f"{where}: {message}" if where else message
+            if where and first["type"] not in ("missing", "value_error"):
+                what += f" (got {first['input']!r:.60})"
+        raise ManifestError(f"{source}: {what}") from None
