@@ -89,7 +89,12 @@ class Plan:
     def num_slots(self) -> int:
         return len(self.slots[0])
 
+    def __contains__(self, slot: SlotId) -> bool:
+        return 0 <= slot.stage < self.num_stages and 0 <= slot.slot < self.num_slots
+
     def host(self, slot: SlotId) -> PeerId:
+        """The peer that hosts `slot`, which must be in the plan."""
+        assert slot in self
         return self.slots[slot.stage][slot.slot]
 
     def hosted_by(self, peer: PeerId) -> tuple[SlotId, ...]:

@@ -1,0 +1,145 @@
+"""What happens to a job (events) and what its ledger asks of the shell (effects)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from swarmnode.domain import Advert, BlobRef, Generation, PeerId
+from swarmnode.wire import Message
+
+
+@dataclass(frozen=True)
+class PeersSeen:
+    """The peers that the directory knows now; sent regularly, also when nothing changed."""
+
+    peers: tuple[Advert, ...]
+
+
+@dataclass(frozen=True)
+class WorkerLost:
+    """The control stream to a worker broke, or it was silent for too long."""
+
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A worker's message arrived."""
+
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True)
+class StateStored:
+    """All chunks of a published state are in the coordinator's own store."""
+
+    stage: int
+    step: int
+
+
+@dataclass(frozen=True)
+class StateLost:
+    """The chunks of a published state could not be fetched."""
+
+    stage: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passes."""
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """Somebody wants the job to end."""
+
+    reason: str
+
+
+Event = PeersSeen | WorkerLost | Heard | StateStored | StateLost | Tick | StopAsked
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send `message` to `peer`; an Assign opens the control stream and carries the manifest."""
+
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True)
+class Hangup:
+    """Close the control stream to `peer`: it is not part of the job any more."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True)
+class StoreState:
+    """Fetch a published state into the coordinator's own store."""
+
+    stage: int
+    step: int
+    index: BlobRef
+    provider: PeerId
+
+
+@dataclass(frozen=True)
+class StartedRecord:
+    """A generation begins at `step` committed steps."""
+
+    generation: Generation
+    step: int
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """Step `step` is committed."""
+
+    generation: Generation
+    step: int
+    scale: float
+    loss: float
+    digests: tuple[str, ...]
+    """One for each stage, over its reduced gradient."""
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """A complete state after `step` committed steps is in the coordinator's store."""
+
+    step: int
+    indexes: tuple[BlobRef, ...]
+    """One for each stage."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """Held-out loss after `step` committed steps."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class EndRecord:
+    """The job was stopped or failed; it never runs again."""
+
+    phase: Literal["stopped", "failed"]
+    reason: str
+
+
+Record = StartedRecord | CommitRecord | CheckpointRecord | EvaluationRecord | EndRecord
+
+
+@dataclass(frozen=True)
+class Write:
+    """Append `record` to the journal and fsync it before any later effect."""
+
+    record: Record
+
+
+Effect = Send | Hangup | StoreState | Write

@@ -1,0 +1,437 @@
+"""The state of one job, as its coordinator keeps it: a pure machine, events in, effects out.
+
+A step is a transaction. Nothing durable changes on any worker before every slot has said READY
+and the commit is in the journal; whatever is lost before that is computed again by the next
+generation from the same weights. `Recovery` (recovery.py) decides where state comes from.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal
+
+from swarmnode.coordinator import events as on
+from swarmnode.coordinator.cost import ModelFacts
+from swarmnode.coordinator.events import Effect, Event, Hangup, Record, Send, StoreState, Write
+from swarmnode.coordinator.progress import Progress
+from swarmnode.coordinator.publications import Publications
+from swarmnode.coordinator.recovery import Gather, Holdings
+from swarmnode.coordinator.solver import solve
+from swarmnode.coordinator.votes import DisagreementError, DivergedError, Votes
+from swarmnode.domain import Advert, Generation, PeerId, Plan, SlotId
+from swarmnode.errors import CapacityError
+from swarmnode.manifest import Manifest
+from swarmnode.wire import (
+    Applied,
+    Assign,
+    Begin,
+    Commit,
+    Evaluated,
+    Failed,
+    LinkBroken,
+    Placed,
+    Ready,
+    Release,
+    Save,
+    Saved,
+    StateSource,
+    Traffic,
+)
+
+LINK_GRACE_S = 2.0
+"""A broken link between workers waits this long for one of its ends to be found dead."""
+STALL_S = 120.0
+"""A generation without any progress for this long is given up and begun again."""
+PLACING_STALL_S = 900.0
+"""The same while workers fetch their state."""
+COOL_DOWN_S = 5.0
+"""A lost peer is not given work for this long, whatever its advert says."""
+WORTH_MOVING = 0.9
+"""A running job moves to a placement whose predicted step takes at most this share of today's."""
+MAX_FAILURES = 5
+"""Failures in a row, without a commit between them, that end the job."""
+
+
+class Ledger:
+    """One job: its placement, its step, who is ready, what is committed."""
+
+    def __init__(
+        self, manifest: Manifest, facts: ModelFacts, me: PeerId, signature: bytes, now_s: float
+    ) -> None:
+        self.manifest = manifest
+        self.facts = facts
+        self.me = me
+        self.job = manifest.job
+        self.phase = "waiting"
+        self.reason = ""
+        self.plan: Plan | None = None
+        self.generation = Generation(0)
+        self.step = 0
+        self.checkpoint: on.CheckpointRecord | None = None
+        self.progress = Progress(manifest, now_s)
+        self._signature = signature
+        self._alive: dict[PeerId, Advert] = {}
+        self._barred: dict[PeerId, tuple[float, float]] = {}
+        self._holdings = Holdings(manifest.placement.stages)
+        self._gather: Gather | None = None
+        self._placed: set[PeerId] = set()
+        self._votes = Votes()
+        self._evaluated: dict[SlotId, Evaluated] = {}
+        self._hashes: dict[tuple[int, int], tuple[str, PeerId]] = {}
+        self._publications = Publications()
+        self._failures = 0
+        self._broken_link_s: float | None = None
+        self._moved_s = now_s
+        self._evaluation_due = False
+        self._replan_due = False
+
+    # ---- the outside -----------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        return self.phase in ("stopped", "failed")
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """Take one event; the effects must be performed in order."""
+        if self.is_over:
+            return []
+        match event:
+            case on.PeersSeen(peers):
+                return self._on_peers(peers, now_s)
+            case on.WorkerLost(peer, reason):
+                return self._on_lost(peer, reason, now_s)
+            case on.Heard(peer, message):
+                if getattr(message, "generation", self.generation) != self.generation:
+                    return []
+                return self._on_message(peer, message, now_s)
+            case on.StateStored(stage, step):
+                return self._on_stored(stage, step, now_s)
+            case on.StateLost(stage, step, _):
+                self._publications.give_up(step)
+                return self._failed_once(now_s) if self.phase == "saving" else []
+            case on.Tick():
+                return self._on_tick(now_s)
+            case on.StopAsked(reason):
+                return self._end("stopped", reason)
+
+    def replay(self, records: Sequence[Record]) -> None:
+        """Take up where a journal ends: the newest checkpoint, and what was known then."""
+        for record in records:
+            match record:
+                case on.StartedRecord(generation, step):
+                    self.generation, self.step = generation, step
+                    self.progress.rewind(step)
+                case on.CommitRecord() as commit:
+                    self.step = commit.step + 1
+                    self.progress.committed(commit.step, commit.loss, None)
+                case on.CheckpointRecord() as checkpoint:
+                    self.checkpoint = checkpoint
+                case on.EvaluationRecord(step, loss):
+                    self.progress.evaluated(step, loss)
+                case on.EndRecord(phase, reason):
+                    self.phase, self.reason = phase, reason
+        if not self.is_over:
+            self.reason = "restarted; looking for peers"
+
+    # ---- who is here -----------------------------------------------------------------------
+
+    def _on_peers(self, peers: Sequence[Advert], now_s: float) -> list[Effect]:
+        self._alive = {advert.peer: advert for advert in peers}
+        if self.phase == "waiting":
+            return self._place(now_s)
+        if self.phase in ("training", "serving"):
+            self._replan_due = self._newcomers_help(now_s)
+            if self._replan_due and self.phase == "serving":
+                return self._place(now_s, keep=False)
+        return []
+
+    def _newcomers_help(self, now_s: float) -> bool:
+        """Whether peers without work would make the step clearly faster."""
+        plan, usable = self.plan, self._usable(now_s)
+        if plan is None or not set(usable) - set(plan.workers()):
+            return False
+        if all(len(plan.hosted_by(peer)) == 1 for peer in plan.workers()):
+            return False
+        peers = tuple(usable.values())
+        decision = solve(peers, self.facts, self.manifest, previous=plan, keep=False)
+        return decision.cost_s < WORTH_MOVING * plan.predicted_step_s
+
+    def _usable(self, now_s: float) -> dict[PeerId, Advert]:
+        """Peers that may be given work: alive, and since their last loss heard of again."""
+        never = (-math.inf, -math.inf)
+        return {
+            peer: advert
+            for peer, advert in self._alive.items()
+            if now_s >= self._barred.get(peer, never)[0]
+            and advert.expires_at_s > self._barred.get(peer, never)[1]
+        }
+
+    def _bar(self, peer: PeerId, now_s: float) -> None:
+        """Give a lost peer no work until it has cooled down and renewed its advert."""
+        advert = self._alive.get(peer)
+        known_until_s = advert.expires_at_s if advert else -math.inf
+        self._barred[peer] = (now_s + COOL_DOWN_S, known_until_s)
+
+    def _on_lost(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
+        self._bar(peer, now_s)
+        self._holdings.forget(peer)
+        if self.plan is None or peer not in self.plan.workers():
+            return []
+        self.progress.lost(peer, now_s)
+        self.reason = f"lost {peer}: {reason}"
+        return [Hangup(peer), *self._place(now_s)]
+
+    def _on_tick(self, now_s: float) -> list[Effect]:
+        if self.phase == "waiting":
+            return self._place(now_s)
+        if self._broken_link_s is not None and now_s - self._broken_link_s >= LINK_GRACE_S:
+            self.reason = "a link between workers broke; begun again"
+            return self._place(now_s)
+        patience_s = {"placing": PLACING_STALL_S, "training": STALL_S, "evaluating": STALL_S}
+        if now_s - self._moved_s > patience_s.get(self.phase, math.inf):
+            self.reason = f"no progress for {now_s - self._moved_s:.0f} s; begun again"
+            return self._failed_once(now_s)
+        return []
+
+    # ---- a new generation ------------------------------------------------------------------
+
+    def _place(self, now_s: float, *, keep: bool = True) -> list[Effect]:
+        """Solve, then collect the state that the new hosts need, then assign."""
+        self._broken_link_s = None
+        self._replan_due = False
+        self._gather = None
+        self._moved_s = now_s
+        try:
+            decision = solve(
+                tuple(self._usable(now_s).values()),
+                self.facts,
+                self.manifest,
+                previous=self.plan,
+                keep=keep,
+            )
+        except CapacityError as error:
+            self.phase, self.reason = "waiting", str(error)
+            return []
+        self.phase = "placing"
+        need = self._holdings.missing(decision.slots)
+        gather = Gather(decision=decision)
+        effects: list[Effect] = []
+        if any(not self._holdings.of(stage) for stage in need):
+            self._roll_back()
+            need = tuple(range(len(decision.slots)))
+            for stage in need:
+                gather.sources[stage] = self._origin(stage)
+        else:
+            for stage in need:
+                holder = min(self._holdings.of(stage))
+                gather.awaited[stage] = holder
+                save = Save(self.job, self.generation, self.step, stage)
+                effects.append(Send(holder, save))
+        self._gather = gather
+        return effects + self._assign(now_s)
+
+    def _roll_back(self) -> None:
+        """No live copy of some stage: go back to the newest complete state."""
+        self._holdings.clear()
+        self.step = self.checkpoint.step if self.checkpoint else 0
+        self.progress.rewind(self.step)
+
+    def _origin(self, stage: int) -> StateSource:
+        if self.checkpoint is not None:
+            return StateSource("fetch", self.checkpoint.indexes[stage], (self.me,))
+        if self.manifest.model.weights is not None:
+            return StateSource("fetch", self.manifest.model.weights, (self.me,))
+        return StateSource("init")
+
+    def _assign(self, now_s: float) -> list[Effect]:
+        """Once every state that must move is published: begin the generation."""
+        gather = self._gather
+        if gather is None or gather.awaited:
+            return []
+        self._gather = None
+        decision = gather.decision
+        old = set(self.plan.workers()) if self.plan else set()
+        self.generation = Generation(self.generation + 1)
+        workers = sorted({peer for row in decision.slots for peer in row})
+        self.plan = Plan(
+            generation=self.generation,
+            layers=decision.layers,
+            slots=decision.slots,
+            coordinator=self.me,
+            addresses={p: self._alive[p].addresses for p in {*workers, self.me} & {*self._alive}},
+            reasons=decision.reasons,
+            predicted_step_s=decision.cost_s,
+        )
+        self._placed.clear()
+        self._hashes.clear()
+        self._moved_s = now_s
+        self._publications.give_up_unanswered()
+        effects: list[Effect] = [Write(on.StartedRecord(self.generation, self.step))]
+        for peer in workers:
+            stages = sorted({at.stage for at in self.plan.hosted_by(peer)})
+            sources = tuple((s, gather.source(s, peer, self._holdings)) for s in stages)
+            assign = Assign(self.job, self.plan, self.step, sources, self._signature)
+            effects.append(Send(peer, assign))
+        self._holdings.keep_only(self.plan)
+        return effects + [Hangup(peer) for peer in sorted(old - set(workers))]
+
+    def _failed_once(self, now_s: float) -> list[Effect]:
+        self._failures += 1
+        if self._failures > MAX_FAILURES:
+            return self._end("failed", self.reason)
+        return self._place(now_s)
+
+    # ---- messages of workers ---------------------------------------------------------------
+
+    def _on_message(self, peer: PeerId, message: object, now_s: float) -> list[Effect]:
+        plan = self.plan
+        if plan is None or peer not in plan.workers():
+            return []
+        match message:
+            case Placed(step=step) if self.phase == "placing" and step == self.step:
+                if self._gather is not None:
+                    return []  # of a generation that is being replaced
+                self._placed.add(peer)
+                self._holdings.add(peer, plan)
+                self._moved_s = now_s
+                if self._placed == set(plan.workers()):
+                    return self._next(now_s)
+            case Ready(step=step, source=source) if self.phase == "training":
+                if step == self.step and source in plan and plan.host(source) == peer:
+                    self._votes.add(message)
+                    self._moved_s = now_s
+                    if self._votes.is_complete(plan):
+                        return self._commit(now_s)
+            case Applied(step=step, stage=stage, state_hash=state_hash):
+                return self._on_applied(peer, step, stage, state_hash, now_s)
+            case Evaluated(step=step, source=source) if self.phase == "evaluating":
+                if step == self.step and source in plan and plan.host(source) == peer:
+                    self._evaluated[source] = message
+                    self._moved_s = now_s
+                    if len(self._evaluated) == plan.num_slots:
+                        return self._finish_evaluation(now_s)
+            case Saved():
+                return self._on_saved(peer, message, now_s)
+            case Traffic(bytes_by_kind=bytes_by_kind, compute_s=compute_s):
+                self.progress.traffic(peer, bytes_by_kind, compute_s)
+            case Failed(reason=reason):
+                self._holdings.forget(peer)
+                self.reason = f"{peer}: {reason}"
+                return self._failed_once(now_s)
+            case LinkBroken() if self._broken_link_s is None:
+                self._broken_link_s = now_s
+        return []
+
+    def _next(self, now_s: float) -> list[Effect]:
+        """What comes after a commit, an evaluation or a placement."""
+        assert self.plan is not None
+        self._votes.clear()
+        self._evaluated.clear()
+        self._moved_s = now_s
+        over = self.step >= self.manifest.num_steps
+        if self._evaluation_due or (over and self.progress.needs_final_evaluation(self.step)):
+            self.phase = "evaluating"
+            return self._to_all(Begin(self.job, self.generation, self.step, evaluate=True))
+        if over:
+            return self._finish_saving(now_s)
+        if self._replan_due:
+            return self._place(now_s, keep=False)
+        self.phase = "training"
+        return self._to_all(Begin(self.job, self.generation, self.step))
+
+    def _to_all(self, message: Begin | Commit) -> list[Effect]:
+        assert self.plan is not None
+        return [Send(peer, message) for peer in self.plan.workers()]
+
+    def _commit(self, now_s: float) -> list[Effect]:
+        assert self.plan is not None
+        manifest = self.manifest
+        try:
+            record = self._votes.commit(
+                self.step,
+                self.generation,
+                self.plan,
+                manifest.batch.num_microbatches,
+                manifest.optimizer.clip_norm,
+            )
+        except DisagreementError as error:
+            self.reason = str(error)
+            return self._failed_once(now_s)
+        except DivergedError as error:
+            return self._end("failed", str(error))
+        effects: list[Effect] = [Write(record)]
+        effects += self._to_all(Commit(self.job, self.generation, self.step, record.scale))
+        self.progress.committed(self.step, record.loss, now_s)
+        self._failures = 0
+        self.reason = ""
+        self.step += 1
+        run = manifest.run
+        due = run.checkpoint_every and self.step % run.checkpoint_every == 0
+        if (due and not self._publications) or self.step >= manifest.num_steps:
+            effects += self._publish()
+        self._evaluation_due = bool(run.evaluate_every and self.step % run.evaluate_every == 0)
+        return effects + self._next(now_s)
+
+    def _on_applied(
+        self, peer: PeerId, step: int, stage: int, state_hash: str, now_s: float
+    ) -> list[Effect]:
+        seen = self._hashes.setdefault((step, stage), (state_hash, peer))
+        for old in [at for at in self._hashes if at[0] < step - 2]:
+            del self._hashes[old]
+        if seen[0] == state_hash:
+            return []
+        self.reason = f"stage {stage}: {peer} and {seen[1]} differ after step {step}"
+        self._holdings.forget_stage(peer, stage)
+        return self._failed_once(now_s)
+
+    def _finish_evaluation(self, now_s: float) -> list[Effect]:
+        losses = [x for at in sorted(self._evaluated) for x in self._evaluated[at].losses]
+        loss = fmean(losses) if losses else math.nan
+        self._evaluation_due = False
+        self.progress.evaluated(self.step, loss)
+        return [Write(on.EvaluationRecord(self.step, loss)), *self._next(now_s)]
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def _publish(self) -> list[Effect]:
+        """Ask one holder of each stage for its state; training goes on meanwhile."""
+        assert self.plan is not None
+        return [
+            Send(self.plan.slots[stage][0], Save(self.job, self.generation, self.step, stage))
+            for stage in self._publications.ask(self.step, self.plan.num_stages)
+        ]
+
+    def _on_saved(self, peer: PeerId, saved: Saved, now_s: float) -> list[Effect]:
+        gather, stage = self._gather, saved.stage
+        if gather and saved.step == self.step and gather.awaited.get(stage) == peer:
+            del gather.awaited[stage]
+            gather.sources[stage] = StateSource("fetch", saved.index, (peer,))
+            return self._assign(now_s)
+        if self._publications.published(saved.step, stage, saved.index):
+            return [StoreState(stage, saved.step, saved.index, peer)]
+        return []
+
+    def _on_stored(self, stage: int, step: int, now_s: float) -> list[Effect]:
+        checkpoint = self._publications.stored(step, stage)
+        if checkpoint is None or (self.checkpoint and self.checkpoint.step >= step):
+            return []
+        self.checkpoint = checkpoint
+        effects: list[Effect] = [Write(checkpoint)]
+        return effects + (self._finish_saving(now_s) if self.phase == "saving" else [])
+
+    def _finish_saving(self, now_s: float) -> list[Effect]:
+        """All steps are done: serve, as soon as the final state is stored."""
+        trained = self.manifest.num_steps > 0
+        if trained and (self.checkpoint is None or self.checkpoint.step != self.step):
+            self.phase = "saving"
+            return [] if self.step in self._publications else self._publish()
+        self.phase = "serving"
+        self._failures = 0
+        self.progress.going_again(now_s)
+        return []
+
+    def _end(self, phase: Literal["stopped", "failed"], reason: str) -> list[Effect]:
+        self.phase, self.reason = phase, reason
+        workers = self.plan.workers() if self.plan else ()
+        effects: list[Effect] = [Write(on.EndRecord(phase, reason))]
+        return effects + [Send(peer, Release(self.job, reason)) for peer in workers]

@@ -1,0 +1,81 @@
+"""What people want to know of a job: losses, speed, traffic, recoveries. Decides nothing."""
+
+from collections.abc import Mapping
+
+from swarmnode.domain import PeerId
+from swarmnode.manifest import Manifest
+
+
+class Progress:
+    """Figures of one job, fed by its ledger."""
+
+    def __init__(self, manifest: Manifest, now_s: float) -> None:
+        batch = manifest.batch
+        self.tokens_per_step = batch.rows * batch.sequence_length * batch.num_microbatches
+        self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+        self.started_s = now_s
+        self.step_s: float | None = None
+        self.killed: list[PeerId] = []
+        self.recoveries = 0
+        self.recovery_s: float | None = None
+        self.compute_s = 0.0
+        self._trains = manifest.num_steps > 0
+        self._last_commit_s: float | None = None
+        self._lost_s: float | None = None
+        self._sent: dict[PeerId, dict[str, int]] = {}
+        self._sent_before: dict[str, int] = {}
+
+    def committed(self, step: int, loss: float, now_s: float | None) -> None:
+        """Step `step` is durable; `now_s` is None when it is read from a journal."""
+        del self.losses[step:]
+        self.losses.append(loss)
+        if now_s is None:
+            return
+        if self._last_commit_s is not None:
+            self.step_s = now_s - self._last_commit_s
+        self._last_commit_s = now_s
+        self.going_again(now_s)
+
+    def going_again(self, now_s: float) -> None:
+        """The job works again after a loss."""
+        if self._lost_s is not None:
+            self.recovery_s = now_s - self._lost_s
+            self._lost_s = None
+
+    def rewind(self, step: int) -> None:
+        """Steps from `step` on were given up and will be computed again."""
+        del self.losses[step:]
+        self.validation = [at for at in self.validation if at[0] <= step]
+
+    def evaluated(self, step: int, loss: float) -> None:
+        self.validation = [at for at in self.validation if at[0] < step]
+        self.validation.append((step, loss))
+
+    def needs_final_evaluation(self, step: int) -> bool:
+        return self._trains and (not self.validation or self.validation[-1][0] != step)
+
+    def lost(self, peer: PeerId, now_s: float) -> None:
+        self.killed.append(peer)
+        self.recoveries += 1
+        if self._lost_s is None:
+            self._lost_s = now_s
+        for kind, count in self._sent.pop(peer, {}).items():
+            self._sent_before[kind] = self._sent_before.get(kind, 0) + count
+
+    def traffic(self, peer: PeerId, bytes_by_kind: Mapping[str, int], compute_s: float) -> None:
+        """A worker's counters since it took part; they only grow."""
+        self._sent[peer] = dict(bytes_by_kind)
+        self.compute_s += compute_s
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        total = dict(self._sent_before)
+        for counts in self._sent.values():
+            for kind, count in counts.items():
+                total[kind] = total.get(kind, 0) + count
+        return dict(sorted(total.items()))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens_per_step / self.step_s if self.step_s else None

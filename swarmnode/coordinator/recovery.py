@@ -1,0 +1,59 @@
+"""Who holds which stage's state, and where a new host gets it from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from swarmnode.coordinator.solver import Decision
+from swarmnode.domain import PeerId, Plan
+from swarmnode.wire import StateSource
+
+
+class Holdings:
+    """The peers that hold each stage's state at the last committed step."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._held_by: list[set[PeerId]] = [set() for _ in range(num_stages)]
+
+    def of(self, stage: int) -> frozenset[PeerId]:
+        return frozenset(self._held_by[stage])
+
+    def forget(self, peer: PeerId) -> None:
+        for peers in self._held_by:
+            peers.discard(peer)
+
+    def forget_stage(self, peer: PeerId, stage: int) -> None:
+        self._held_by[stage].discard(peer)
+
+    def clear(self) -> None:
+        for peers in self._held_by:
+            peers.clear()
+
+    def keep_only(self, plan: Plan) -> None:
+        """A peer drops the stages that a new plan takes from it."""
+        for stage, peers in enumerate(self._held_by):
+            peers &= set(plan.slots[stage])
+
+    def add(self, peer: PeerId, plan: Plan) -> None:
+        """`peer` says that all its slots of `plan` are in place."""
+        for at in plan.hosted_by(peer):
+            self._held_by[at.stage].add(peer)
+
+    def missing(self, slots: Sequence[Sequence[PeerId]]) -> tuple[int, ...]:
+        """Stages of which some future host has no state."""
+        return tuple(s for s, row in enumerate(slots) if not set(row) <= self._held_by[s])
+
+
+@dataclass
+class Gather:
+    """A placement that waits until the state which it needs is published."""
+
+    decision: Decision
+    sources: dict[int, StateSource] = field(default_factory=dict)
+    awaited: dict[int, PeerId] = field(default_factory=dict)
+    """stage -> the holder that was asked to publish it."""
+
+    def source(self, stage: int, peer: PeerId, holdings: Holdings) -> StateSource:
+        """Where `peer` gets `stage`."""
+        if peer in holdings.of(stage):
+            return StateSource("keep")
+        return self.sources[stage]

@@ -1,0 +1,192 @@
+"""One job's shell: feeds its ledger with what happens and performs what the ledger asks for."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from swarmnode.coordinator import events as on
+from swarmnode.coordinator.journal import Journal
+from swarmnode.coordinator.ledger import Ledger
+from swarmnode.domain import Advert, PeerId
+from swarmnode.errors import PeerError, SwarmError
+from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blobs import BlobClient
+from swarmnode.p2p.ports import Transport
+from swarmnode.p2p.session import Conversation
+from swarmnode.p2p.states import TensorIndex
+from swarmnode.p2p.switch import Switch
+from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, Assign, Message
+
+TICK_S = 1.0
+
+
+@dataclass(frozen=True)
+class RunnerTools:
+    """What every job that a node coordinates shares."""
+
+    transport: Transport
+    store: BlobStore
+    blobs: BlobClient
+    switch: Switch
+    peers: Callable[[], tuple[Advert, ...]]
+    """Who is here, from the directory."""
+    on_sent: Callable[[str, int], None]
+    on_changed: Callable[[Ledger], None]
+    """Called after every event of a job."""
+    log: Callable[..., None]
+
+
+@dataclass
+class _Line:
+    """The control stream to one worker."""
+
+    outbox: asyncio.Queue[Message]
+    task: asyncio.Task[None]
+
+
+class JobRunner:
+    """Runs one job until it is stopped or fails; `changed` is set after every event."""
+
+    def __init__(
+        self, ledger: Ledger, canonical: bytes, journal: Journal, tools: RunnerTools
+    ) -> None:
+        self.ledger = ledger
+        self._canonical = canonical
+        self._journal = journal
+        self._tools = tools
+        self._events: asyncio.Queue[on.Event] = asyncio.Queue(4096)
+        self._lines: dict[PeerId, _Line] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._condition = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Work until the job is over. Never raises for what a peer did."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                ticker = group.create_task(self._tick(), name=f"tick {self.ledger.job}")
+                while not self.ledger.is_over:
+                    event = await self._events.get()
+                    phase = self.ledger.phase
+                    for effect in self.ledger.handle(event, time.monotonic()):
+                        await self._perform(effect)
+                    if self.ledger.phase != phase or isinstance(event, on.WorkerLost):
+                        self._report(event)
+                    self._tools.on_changed(self.ledger)
+                    async with self._condition:
+                        self._condition.notify_all()
+                await self._say_goodbye()
+                ticker.cancel()
+        finally:
+            self._tools.switch.leave(self.ledger.job, head=True)
+            self._journal.close()
+
+    async def changed(self) -> None:
+        """Wait for the next event."""
+        async with self._condition:
+            await self._condition.wait()
+
+    async def tell(self, event: on.Event) -> None:
+        await self._events.put(event)
+
+    def _report(self, event: on.Event) -> None:
+        ledger = self.ledger
+        self._tools.log(
+            "job",
+            job=ledger.job,
+            phase=ledger.phase,
+            step=ledger.step,
+            generation=ledger.generation,
+            cause=type(event).__name__,
+            reason=ledger.reason,
+        )
+
+    async def _tick(self) -> None:
+        while True:
+            await self.tell(on.PeersSeen(self._tools.peers()))
+            await self.tell(on.Tick())
+            await asyncio.sleep(TICK_S)
+
+    # ---- effects ---------------------------------------------------------------------------
+
+    async def _perform(self, effect: on.Effect) -> None:
+        assert self._group is not None
+        match effect:
+            case on.Write(record):
+                await asyncio.to_thread(self._journal.append, record)
+            case on.Send(peer, message):
+                self._send(peer, message)
+            case on.Hangup(peer):
+                line = self._lines.pop(peer, None)
+                if line is not None:
+                    line.task.cancel()
+            case on.StoreState():
+                self._group.create_task(self._store(effect), name=f"store {effect.stage}")
+
+    def _send(self, peer: PeerId, message: Message) -> None:
+        assert self._group is not None
+        line = self._lines.get(peer)
+        if isinstance(message, Assign):
+            self._tools.switch.join(self.ledger.job, message.plan)
+            if line is None or line.task.done():
+                outbox: asyncio.Queue[Message] = asyncio.Queue(1024)
+                task = self._group.create_task(
+                    self._talk(peer, message.plan.addresses.get(peer, ()), outbox),
+                    name=f"control {peer}",
+                )
+                line = self._lines[peer] = _Line(outbox, task)
+        if line is not None:
+            line.outbox.put_nowait(message)
+
+    async def _talk(
+        self, peer: PeerId, addresses: Sequence[str], outbox: asyncio.Queue[Message]
+    ) -> None:
+        """Hold the control stream to one worker, from its first assignment on."""
+        job = self.ledger.job
+
+        async def heard(message: Message, _payload: memoryview) -> None:
+            await self.tell(on.Heard(peer, message))
+
+        try:
+            stream = await self._tools.transport.open(
+                peer, addresses, CONTROL_PROTOCOL, max_message_bytes=MAX_CONTROL_BYTES
+            )
+            conversation = Conversation(
+                stream, job, heard, lambda n: self._tools.on_sent("control", n)
+            )
+            async with asyncio.TaskGroup() as group:
+                forward = group.create_task(self._forward(outbox, conversation))
+                await conversation.run()
+                forward.cancel()
+            reason = "closed its control stream"
+        except* PeerError as errors:
+            reason = str(errors.exceptions[0])
+        await self.tell(on.WorkerLost(peer, reason))
+
+    async def _forward(self, outbox: asyncio.Queue[Message], conversation: Conversation) -> None:
+        while True:
+            message = await outbox.get()
+            conversation.post(message, self._canonical if isinstance(message, Assign) else b"")
+
+    async def _say_goodbye(self) -> None:
+        """Give every worker time to hear that it is released; each then closes its side."""
+        lines = [line.task for line in self._lines.values()]
+        if lines:
+            await asyncio.wait(lines, timeout=2.0)
+        for task in lines:
+            task.cancel()
+
+    async def _store(self, effect: on.StoreState) -> None:
+        """Fetch a published state; the ledger learns how it went."""
+        tools, plan = self._tools, self.ledger.plan
+        addresses = plan.addresses.get(effect.provider, ()) if plan else ()
+        providers = [(effect.provider, addresses)]
+        try:
+            await tools.blobs.fetch_all(self.ledger.job, [effect.index], providers)
+            index = TensorIndex.from_json(tools.store.read(effect.index))
+            await tools.blobs.fetch_all(self.ledger.job, index.chunks(), providers)
+        except (SwarmError, OSError) as error:
+            await self.tell(on.StateLost(effect.stage, effect.step, str(error)))
+        else:
+            await self.tell(on.StateStored(effect.stage, effect.step))

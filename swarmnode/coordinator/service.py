@@ -1,0 +1,202 @@
+"""The coordinator side of a node: takes jobs, runs them, brings them back after a restart."""
+
+import asyncio
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from swarmnode.coordinator import events as on
+from swarmnode.coordinator.cost import ModelFacts
+from swarmnode.coordinator.head import Head
+from swarmnode.coordinator.journal import Journal
+from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.runner import JobRunner, RunnerTools
+from swarmnode.coordinator.solver import solve
+from swarmnode.coordinator.submission import SizesOf, prepare, unpack_folder
+from swarmnode.domain import JobId, PeerId, Plan
+from swarmnode.errors import NotFoundError, SwarmError
+from swarmnode.manifest import Manifest, check, parse_job
+from swarmnode.p2p.identity import Identity
+from swarmnode.p2p.states import (
+    MOMENT_SUFFIXES,
+    IndexedTensor,
+    TensorIndex,
+    index_tensors,
+    write_safetensors,
+)
+from swarmnode.tensorfiles import read_header
+from swarmnode.tokenizer import TextTokenizer, load_tokenizer
+
+JOB_FILE, JOURNAL_FILE, TOKENIZER_FOLDER = "job.json", "journal", "tokenizer"
+
+
+@dataclass
+class RunningJob:
+    """A job that this node coordinates, with what serving it needs."""
+
+    runner: JobRunner
+    manifest: Manifest
+    facts: ModelFacts
+    directory: Path
+    tokenizer: TextTokenizer
+    head: Head
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.runner.ledger
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return self.directory / TOKENIZER_FOLDER
+
+
+class CoordinatorService:
+    """Every job that was submitted to this node."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        directory: Path,
+        tools: RunnerTools,
+        group: asyncio.TaskGroup,
+        sizes_of: SizesOf,
+    ) -> None:
+        self._identity = identity
+        self._directory = directory
+        self._tools = tools
+        self._group = group
+        self._sizes_of = sizes_of
+        self._jobs: dict[JobId, RunningJob] = {}
+
+    @property
+    def jobs(self) -> tuple[RunningJob, ...]:
+        """Every job, the newest last."""
+        return tuple(sorted(self._jobs.values(), key=lambda job: job.manifest.submitted_at_s))
+
+    def find(self, name: str) -> RunningJob:
+        """By id, by a prefix of one id, or by name (the newest). Raises: NotFoundError."""
+        if JobId(name) in self._jobs:
+            return self._jobs[JobId(name)]
+        named = [job for job in self.jobs if job.manifest.name == name]
+        if named:
+            return named[-1]
+        matching = [
+            job for key, job in self._jobs.items() if len(name) >= 4 and key.startswith(name)
+        ]
+        if len(matching) == 1:
+            return matching[0]
+        known = ", ".join(f"{job.manifest.job} ({job.manifest.name})" for job in self.jobs)
+        raise NotFoundError(f"no job {name!r:.80} here; known: {known or 'none'}")
+
+    def names(self, peer: PeerId, job: JobId) -> bool:
+        """Whether a job of ours has `peer` among its workers."""
+        running = self._jobs.get(job)
+        plan = running.ledger.plan if running else None
+        return plan is not None and plan.names(peer)
+
+    # ---- taking jobs -----------------------------------------------------------------------
+
+    async def submit(self, raw: dict[str, Any], base: Path) -> JobId:
+        """Check a job description, store what it names, and start it.
+
+        Raises: ManifestError, DataError, CapacityError, each with one clear line.
+        """
+        job = parse_job(raw, base=base, source="job")
+        scratch = self._directory / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        prepared = await prepare(
+            job, self._identity.peer, self._tools.store, scratch, self._sizes_of
+        )
+        manifest, facts = prepared.manifest, prepared.facts
+        solve(self._tools.peers(), facts, manifest)  # refuses now what could not start
+        canonical = manifest.canonical()
+        directory = self._directory / manifest.job
+        directory.mkdir(parents=True)
+        saved = {
+            "manifest": json.loads(canonical),
+            "signature": self._identity.sign(canonical).hex(),
+            "facts": asdict(facts),
+            "weights_path": job.model.path,
+        }
+        _write_durably(directory / JOB_FILE, json.dumps(saved, indent=1))
+        self._start(manifest, facts, bytes.fromhex(saved["signature"]), directory)
+        return manifest.job
+
+    def restore(self) -> None:
+        """Start again every job that an earlier life of this node had not ended."""
+        for path in sorted(self._directory.glob(f"*/{JOB_FILE}")):
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                manifest = check(Manifest, saved["manifest"], str(path))
+                facts = ModelFacts(**saved["facts"])
+                if manifest.model.weights is not None and saved["weights_path"]:
+                    _, ranges = index_tensors(read_header(Path(saved["weights_path"])), 0)
+                    self._tools.store.add_ranges(ranges)
+                self._start(manifest, facts, bytes.fromhex(saved["signature"]), path.parent)
+            except (SwarmError, OSError, ValueError, KeyError, TypeError) as error:
+                self._tools.log("job not restored", path=str(path), reason=str(error))
+
+    def _start(
+        self, manifest: Manifest, facts: ModelFacts, signature: bytes, directory: Path
+    ) -> None:
+        store, switch, me = self._tools.store, self._tools.switch, self._identity.peer
+        tokenizer_directory = directory / TOKENIZER_FOLDER
+        unpack_folder(store.read(manifest.tokenizer), tokenizer_directory)
+        tokenizer = load_tokenizer(tokenizer_directory)
+        journal = Journal(directory / JOURNAL_FILE)
+        ledger = Ledger(manifest, facts, me, signature, time.monotonic())
+        ledger.replay(journal.records)
+        runner = JobRunner(ledger, manifest.canonical(), journal, self._tools)
+
+        def serving_plan() -> Plan | None:
+            return ledger.plan if ledger.phase in ("training", "serving", "saving") else None
+
+        head = Head(manifest.job, me, switch, serving_plan)
+        self._jobs[manifest.job] = RunningJob(runner, manifest, facts, directory, tokenizer, head)
+        self._group.create_task(runner.run(), name=f"job {manifest.job}")
+
+    async def stop(self, name: str) -> None:
+        """End a job: release its workers, keep its checkpoints."""
+        job = self.find(name)
+        if not job.ledger.is_over:
+            await job.runner.tell(on.StopAsked("stopped by its owner"))
+
+    # ---- giving weights back ---------------------------------------------------------------
+
+    async def export_weights(self, job: RunningJob, path: Path) -> int:
+        """Write the newest complete weights as one safetensors file of canonical tensors.
+
+        Returns the committed steps that they hold. Raises: NotFoundError if there are none yet.
+        """
+        store, checkpoint = self._tools.store, job.ledger.checkpoint
+        if checkpoint is not None:
+            step, refs = checkpoint.step, checkpoint.indexes
+        elif job.manifest.model.weights is not None:
+            step, refs = 0, (job.manifest.model.weights,)
+        else:
+            every = job.manifest.run.checkpoint_every or job.manifest.num_steps
+            raise NotFoundError(
+                f"job {job.manifest.job} has no checkpoint yet; the first one is made after "
+                f"step {min(every, job.manifest.num_steps)}"
+            )
+        tensors: dict[str, IndexedTensor] = {}
+        for ref in refs:
+            index = TensorIndex.from_json(store.read(ref))
+            for tensor in index.tensors:
+                if not tensor.name.endswith(MOMENT_SUFFIXES):
+                    tensors.setdefault(tensor.name, tensor)
+        await asyncio.to_thread(write_safetensors, path, tensors.values(), store.read)
+        return step
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is there completely or not at all, also after a crash."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

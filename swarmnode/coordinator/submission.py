@@ -1,0 +1,166 @@
+"""From a job file to a manifest: every local path becomes content in the node's own store."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swarmnode.coordinator.corpus import build_corpus
+from swarmnode.coordinator.cost import ModelFacts
+from swarmnode.domain import BlobRef, PeerId
+from swarmnode.errors import DataError, ManifestError
+from swarmnode.manifest import DataContent, JobBase, JobFile, Manifest, ModelContent
+from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.states import index_tensors
+from swarmnode.tensorfiles import TensorSpan, read_header
+from swarmnode.tokenizer import TextTokenizer, load_tokenizer, write_byte_tokenizer
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TOKENIZER_FILE_BYTES = 12 << 20
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+SizesOf = Callable[[Mapping[str, Any], int, tuple[str, ...] | None], Awaitable[ModelFacts]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that can be started."""
+
+    manifest: Manifest
+    facts: ModelFacts
+
+
+async def prepare(
+    job: JobFile, me: PeerId, store: BlobStore, scratch: Path, sizes_of: SizesOf
+) -> Prepared:
+    """Read and check everything that a job file names, and store it by content.
+
+    Raises: ManifestError, DataError, each with one clear line.
+    """
+    config, spans = await asyncio.to_thread(_read_model, job)
+    stored = tuple(spans) if spans else None
+    facts = await sizes_of(config, job.placement.stages, stored)
+    if job.kind == "train" and job.batch.sequence_length > facts.max_positions:
+        raise ManifestError(
+            f"batch.sequence_length = {job.batch.sequence_length} is over the model's "
+            f"{facts.max_positions} positions; lower it"
+        )
+    folder = await asyncio.to_thread(_tokenizer_folder, job, scratch, facts.max_positions)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.num_tokens > facts.vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.num_tokens} tokens but the model's vocabulary only "
+            f"{facts.vocab_size}; give a model with vocab_size >= {tokenizer.num_tokens}"
+        )
+    weights = await asyncio.to_thread(_publish_weights, spans, store) if spans else None
+    data = await asyncio.to_thread(_publish_data, job, tokenizer, facts, store)
+    shared = {name: getattr(job, name) for name in JobBase.model_fields}
+    manifest = Manifest(
+        **shared,
+        model=ModelContent(config=config, weights=weights),
+        data=data,
+        tokenizer=await asyncio.to_thread(_publish_folder, folder, store),
+        submitter=me,
+        submitted_at_s=time.time(),
+    )
+    return Prepared(manifest, facts)
+
+
+def _read_model(job: JobFile) -> tuple[dict[str, Any], dict[str, TensorSpan] | None]:
+    """The model's config, and where its tensors lie if it has any yet."""
+    source = job.model
+    if isinstance(source.config, dict):
+        return source.config, None
+    if source.path is not None:
+        folder = Path(source.path)
+        if not folder.is_dir():
+            raise DataError(f"model.path: {folder} is not a folder")
+        return _read_config(folder / "config.json"), read_header(folder)
+    assert source.config is not None
+    path = Path(source.config)
+    return _read_config(path / "config.json" if path.is_dir() else path), None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise DataError(f"{path} is over {MAX_CONFIG_BYTES} bytes; is it a model config?")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"model config {path}: {error.strerror}; check the path") from None
+    except ValueError as error:
+        raise DataError(f"model config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"model config {path} is not a JSON object")
+    return config
+
+
+def _tokenizer_folder(job: JobFile, scratch: Path, max_positions: int) -> Path:
+    if job.tokenizer != "bytes":
+        return Path(job.tokenizer)
+    if job.model.path is not None and (Path(job.model.path) / "tokenizer.json").exists():
+        return Path(job.model.path)
+    folder = scratch / "byte-tokenizer"
+    write_byte_tokenizer(folder, max_positions=max_positions)
+    return folder
+
+
+def _publish_weights(spans: Mapping[str, TensorSpan], store: BlobStore) -> BlobRef:
+    index, ranges = index_tensors(spans, 0)
+    store.add_ranges(ranges)
+    return store.put(index.to_json())
+
+
+def _publish_data(
+    job: JobFile, tokenizer: TextTokenizer, facts: ModelFacts, store: BlobStore
+) -> DataContent | None:
+    if job.data is None:
+        return None
+    corpus = build_corpus(
+        Path(job.data.path),
+        store,
+        sequence_length=job.batch.sequence_length,
+        vocab_size=facts.vocab_size,
+        encode=tokenizer.encode,
+        document_end=min(tokenizer.end_ids, default=None),
+        validation_fraction=job.data.validation_fraction,
+        max_bytes=job.data.max_bytes,
+    )
+    return DataContent(
+        train=store.put(corpus.train.canonical()),
+        validation=store.put(corpus.validation.canonical()),
+    )
+
+
+def _publish_folder(folder: Path, store: BlobStore) -> BlobRef:
+    """A tokenizer's folder as one blob: file name to text."""
+    texts: dict[str, str] = {}
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.is_file():
+            if path.stat().st_size > MAX_TOKENIZER_FILE_BYTES:
+                raise DataError(f"{path} is over {MAX_TOKENIZER_FILE_BYTES >> 20} MiB")
+            texts[name] = path.read_text(encoding="utf-8")
+    return store.put(json.dumps(texts, sort_keys=True).encode())
+
+
+def unpack_folder(data: bytes, folder: Path) -> None:
+    """Write the files of `_publish_folder` into `folder`. Raises: DataError."""
+    try:
+        texts = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"a tokenizer blob that is not JSON: {error}") from None
+    if not isinstance(texts, dict) or not set(texts) <= set(TOKENIZER_FILES):
+        raise DataError("a tokenizer blob with unknown files")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(str(text), encoding="utf-8")

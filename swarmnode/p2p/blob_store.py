@@ -1,0 +1,189 @@
+"""Content by its hash, in a directory: chunks of data, weights and checkpoints.
+
+Layout: `aa/<sha256>` one file per blob, `aa` its first two digits; `partial/` what is being
+written. A blob appears under its name complete or not at all. Pieces of other files count as blobs
+too, without a copy, as long as the store lives.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from swarmnode.domain import BlobRef
+from swarmnode.errors import ChunkError, SwarmError
+from swarmnode.wire import MAX_BLOB_BYTES
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class Range(NamedTuple):
+    """A blob that is a piece of a file which belongs to somebody else."""
+
+    ref: BlobRef
+    path: Path
+    offset: int
+
+
+def blob_path(root: Path, ref: BlobRef) -> Path:
+    """Where the store in `root` keeps its own copy of the blob, for those who only read.
+
+    Raises: ChunkError unless the name is a hash; nothing else ever becomes a path.
+    """
+    if not _HASH.fullmatch(ref.sha256) or not 0 <= ref.num_bytes <= MAX_BLOB_BYTES:
+        raise ChunkError(f"{ref.sha256!r:.80} of {ref.num_bytes!r:.20} bytes names no blob")
+    return root / ref.sha256[:2] / ref.sha256
+
+
+class BlobStore:
+    """A content-addressed store in `root`. Safe to use from several threads.
+
+    Several processes may read; one (the daemon) opens it, which removes what an earlier life
+    left half-written; `scratch` is the folder where that lives. With `durable` every blob is
+    on the disk before `put` returns.
+    Raises: SwarmError if the directory cannot be made or written.
+    """
+
+    def __init__(self, root: Path, *, durable: bool = False) -> None:
+        self.root = root
+        self._durable = durable
+        self.scratch = root / "partial"
+        self._lock = threading.Lock()
+        self._ranges: dict[str, Range] = {}
+        try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            for leftover in self.scratch.iterdir():
+                leftover.unlink()
+        except OSError as error:
+            raise SwarmError(f"blob store {root} cannot be used: {error.strerror}") from error
+
+    # ---- writing ----
+
+    def put(self, data: bytes | bytearray | memoryview) -> BlobRef:
+        """Store `data`; nothing happens if it is there already. At most `MAX_BLOB_BYTES`.
+
+        Raises: SwarmError if the disk is full or broken; nothing half-written is left.
+        """
+        num_bytes = memoryview(data).nbytes
+        if num_bytes > MAX_BLOB_BYTES:
+            raise SwarmError(f"blob of {num_bytes} bytes; at most {MAX_BLOB_BYTES} are allowed")
+        ref = BlobRef(hashlib.sha256(data).hexdigest(), num_bytes)
+        path = self._own_path(ref)
+        if _size(path) != num_bytes or path.read_bytes() != data:
+            self._write(path, data)
+        return ref
+
+    def add_ranges(self, ranges: Iterable[Range]) -> None:
+        """Serve pieces of existing files as blobs, without a copy, for this life of the store.
+
+        A file must stay as it is: `read` checks the hash, and a changed piece is gone.
+        """
+        with self._lock:
+            self._ranges.update({piece.ref.sha256: piece for piece in ranges})
+
+    def drop_ranges(self, path: Path) -> None:
+        """Forget every piece of the file `path`; the file itself is left alone."""
+        with self._lock:
+            for sha256 in [key for key, piece in self._ranges.items() if piece.path == path]:
+                del self._ranges[sha256]
+
+    def remove(self, ref: BlobRef) -> None:
+        """Forget the blob: delete its file, or drop the reference (never the source file)."""
+        self._own_path(ref).unlink(missing_ok=True)
+        with self._lock:
+            self._ranges.pop(ref.sha256, None)
+
+    # ---- reading ----
+
+    def has(self, ref: BlobRef) -> bool:
+        """Whether the blob is here, by name and size; `read` also checks the content."""
+        if _size(self._own_path(ref)) == ref.num_bytes:
+            return True
+        with self._lock:
+            piece = self._ranges.get(ref.sha256)
+        return piece is not None and piece.ref == ref and piece.path.is_file()
+
+    def path(self, ref: BlobRef) -> Path:
+        """The file that holds exactly this blob; a referenced range is copied to one first.
+
+        Raises: ChunkError if it is not here.
+        """
+        path = self._own_path(ref)
+        if _size(path) != ref.num_bytes:
+            self.put(self.read(ref))
+        return path
+
+    def read(self, ref: BlobRef) -> bytes:
+        """The content, checked against its hash.
+
+        Raises: ChunkError if it is not here, or is corrupt; then it is removed, so that it
+        will be fetched again.
+        """
+        with self._lock:
+            piece = self._ranges.get(ref.sha256)
+        path = self._own_path(ref)
+        if piece is None or path.exists():
+            piece = Range(ref, path, 0)
+        try:
+            with piece.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                whole = piece.path != path or size == ref.num_bytes
+                file.seek(piece.offset)
+                data = file.read(ref.num_bytes) if whole else b""
+        except FileNotFoundError:
+            raise ChunkError(f"blob {ref.sha256:.12} is not here") from None
+        except OSError as error:
+            raise ChunkError(f"blob {ref.sha256:.12} cannot be read: {error.strerror}") from error
+        if len(data) != ref.num_bytes or hashlib.sha256(data).hexdigest() != ref.sha256:
+            self.remove(ref)
+            raise ChunkError(f"blob {ref.sha256:.12} was corrupt on disk and is removed")
+        return data
+
+    # ---- inside ----
+
+    def _own_path(self, ref: BlobRef) -> Path:
+        return blob_path(self.root, ref)
+
+    def _write(self, path: Path, data: bytes | bytearray | memoryview) -> None:
+        """Write `path` through a temporary file and a rename."""
+        partial: str | None = None
+        try:
+            path.parent.mkdir(exist_ok=True)
+            descriptor, partial = tempfile.mkstemp(dir=self.scratch)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                if self._durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
+            partial = None
+            if self._durable:
+                _sync_directory(path.parent)
+        except OSError as error:
+            raise SwarmError(
+                f"cannot store {memoryview(data).nbytes} bytes in {self.root}: {error.strerror}; "
+                "free some space"
+            ) from error
+        finally:
+            if partial is not None:
+                Path(partial).unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    """The size of a file, -1 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,222 @@
+"""Tensors between the workers of a job: who may send, where frames go, what was sent.
+
+One tensor stream per direction and pair of peers, opened at the first frame and kept. Frames to
+oneself never touch the network. A peer that the job's current plan does not name is refused and
+counted; so is a frame of an older generation.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from swarmnode.domain import JobId, PeerId, Plan
+from swarmnode.errors import PeerError, PeerLostError, ProtocolError
+from swarmnode.p2p.ports import EndOfStream, Stream, Transport
+from swarmnode.wire import (
+    MAX_TENSOR_BYTES,
+    TENSOR_PROTOCOL,
+    Frame,
+    Message,
+    SessionClose,
+    SessionFailed,
+    SessionFrame,
+    SessionToken,
+    pack,
+    unpack,
+)
+
+MAX_QUEUED_FRAMES = 1024
+SEND_TIMEOUT_S = 30.0
+
+TensorMessage = Frame | SessionFrame | SessionToken | SessionFailed | SessionClose
+Deliver = Callable[[TensorMessage, bytes | bytearray | memoryview], Awaitable[None]]
+
+
+@dataclass
+class _Lane:
+    """What one peer is still to be sent about one job."""
+
+    queue: asyncio.Queue[tuple[TensorMessage, bytes | memoryview]]
+    task: asyncio.Task[None]
+
+
+@dataclass
+class _Entry:
+    """A job that this node has business with."""
+
+    plan: Plan
+    to_worker: Deliver | None = None
+    to_head: Deliver | None = None
+    on_broken: Callable[[PeerId, str], None] = lambda _peer, _reason: None
+    lanes: dict[PeerId, _Lane] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+class Switch:
+    """Routes tensor messages of every job on this node."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        group: asyncio.TaskGroup,
+        on_dropped: Callable[[str], None],
+        on_sent: Callable[[str, int], None],
+    ) -> None:
+        self._transport = transport
+        self._group = group
+        self._on_dropped = on_dropped
+        self._on_sent = on_sent
+        self._jobs: dict[JobId, _Entry] = {}
+        transport.serve(TENSOR_PROTOCOL, self._accept, max_message_bytes=MAX_TENSOR_BYTES)
+
+    def join(
+        self,
+        job: JobId,
+        plan: Plan,
+        *,
+        to_worker: Deliver | None = None,
+        to_head: Deliver | None = None,
+        on_broken: Callable[[PeerId, str], None] | None = None,
+    ) -> None:
+        """Take part in `job` under `plan`; later calls update the plan and add receivers."""
+        entry = self._jobs.setdefault(job, _Entry(plan))
+        if plan.generation >= entry.plan.generation:
+            entry.plan = plan
+        entry.to_worker = to_worker or entry.to_worker
+        entry.to_head = to_head or entry.to_head
+        entry.on_broken = on_broken or entry.on_broken
+        for peer in [p for p in entry.lanes if not plan.names(p)]:
+            entry.lanes.pop(peer).task.cancel()
+
+    def leave(self, job: JobId, *, worker: bool = False, head: bool = False) -> None:
+        """Take no more part as worker or head; with neither left the job is forgotten."""
+        entry = self._jobs.get(job)
+        if entry is None:
+            return
+        if worker:
+            entry.to_worker = None
+        if head:
+            entry.to_head = None
+        if entry.to_worker is None and entry.to_head is None:
+            for lane in entry.lanes.values():
+                lane.task.cancel()
+            del self._jobs[job]
+
+    def names(self, peer: PeerId, job: JobId) -> bool:
+        """Whether the job's current plan names `peer`."""
+        entry = self._jobs.get(job)
+        return entry is not None and entry.plan.names(peer)
+
+    def sent(self, job: JobId) -> dict[str, int]:
+        """Bytes put on the wire for `job` so far, by kind."""
+        entry = self._jobs.get(job)
+        return dict(entry.sent) if entry else {}
+
+    async def send(self, message: TensorMessage, payload: bytes | memoryview = b"") -> None:
+        """Send one message to where it belongs; waits while that peer's queue is full.
+
+        A peer that cannot be reached is reported through the job's `on_broken`, not raised.
+        """
+        entry = self._jobs.get(message.job)
+        if entry is None or message.generation != entry.plan.generation:
+            self._on_dropped("stale_frame")
+            return
+        peer = self._receiver(entry.plan, message)
+        if peer == self._transport.peer:
+            await self._deliver(entry, message, payload)
+            return
+        lane = entry.lanes.get(peer)
+        if lane is None or lane.task.done():
+            queue: asyncio.Queue[tuple[TensorMessage, bytes | memoryview]]
+            queue = asyncio.Queue(MAX_QUEUED_FRAMES)
+            task = self._group.create_task(
+                self._pump(entry, peer, queue), name=f"tensors to {peer}"
+            )
+            lane = entry.lanes[peer] = _Lane(queue, task)
+        await lane.queue.put((message, payload))
+
+    def _receiver(self, plan: Plan, message: TensorMessage) -> PeerId:
+        if isinstance(message, Frame | SessionFrame | SessionClose):
+            if message.target not in plan:
+                raise ProtocolError(f"no slot {message.target}")
+            return plan.host(message.target)
+        return plan.coordinator
+
+    async def _deliver(
+        self, entry: _Entry, message: TensorMessage, payload: bytes | bytearray | memoryview
+    ) -> None:
+        to_head = isinstance(message, SessionToken | SessionFailed)
+        deliver = entry.to_head if to_head else entry.to_worker
+        if deliver is None:
+            self._on_dropped("unexpected_frame")
+        else:
+            await deliver(message, payload)
+
+    async def _pump(
+        self,
+        entry: _Entry,
+        peer: PeerId,
+        queue: asyncio.Queue[tuple[TensorMessage, bytes | memoryview]],
+    ) -> None:
+        """Send what is queued for one peer, until the stream breaks."""
+        stream: Stream | None = None
+        try:
+            addresses = entry.plan.addresses.get(peer, ())
+            stream = await self._transport.open(
+                peer, addresses, TENSOR_PROTOCOL, max_message_bytes=MAX_TENSOR_BYTES
+            )
+            while True:
+                message, payload = await queue.get()
+                header = pack(message)
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await stream.send(header, payload)
+                kind = message.kind if isinstance(message, Frame) else "session"
+                num_bytes = len(header) + len(payload)
+                entry.sent[kind] = entry.sent.get(kind, 0) + num_bytes
+                self._on_sent(kind, num_bytes)
+        except (PeerError, TimeoutError) as error:
+            entry.on_broken(peer, str(error) or "takes nothing off the wire")
+        finally:
+            if stream is not None:
+                await stream.reset()
+
+    async def _accept(self, stream: Stream) -> None:
+        """Serve one incoming tensor stream."""
+        while True:
+            try:
+                message, payload = unpack(await stream.receive())
+            except (EndOfStream, PeerLostError):
+                return
+            except ProtocolError:
+                self._on_dropped("bad_frame")
+                raise
+            if not isinstance(message, TensorMessage):
+                self._on_dropped("bad_frame")
+                raise ProtocolError(f"{type(message).__name__} on a tensor stream")
+            await self._admit(stream.peer, message, payload)
+
+    async def _admit(self, peer: PeerId, message: TensorMessage, payload: memoryview) -> None:
+        entry = self._jobs.get(message.job)
+        if entry is None or not entry.plan.names(peer):
+            self._on_dropped("refused_peer")
+            raise ProtocolError(f"{peer} has no part in job {message.job}")
+        if message.generation != entry.plan.generation:
+            self._on_dropped("stale_frame")
+            return
+        if self._receiver(entry.plan, message) != self._transport.peer:
+            self._on_dropped("misrouted_frame")
+            return
+        expected = _sender(entry.plan, message)
+        if expected is not None and expected != peer:
+            self._on_dropped("foreign_frame")
+            raise ProtocolError(f"{peer} does not host the slot that it writes for")
+        await self._deliver(entry, message, payload)
+
+
+def _sender(plan: Plan, message: Message) -> PeerId | None:
+    """Who alone may send `message` under `plan`; None if any peer of the plan may."""
+    if isinstance(message, Frame):
+        if message.source not in plan:
+            raise ProtocolError(f"no slot {message.source}")
+        return plan.host(message.source)
+    return None
