@@ -18,6 +18,7 @@ from swarmnode.errors import ManifestError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ComputeDtype = Literal["float32", "bfloat16"]
+CodecName = Literal["none", "bf16", "int8"]
 
 
 class Section(BaseModel):
@@ -75,13 +76,13 @@ class BatchConfig(Section):
 
 
 class CodecConfig(Section):
-    """How tensors are coded on the wire: none, bf16, int8."""
+    """How tensors are coded on the wire."""
 
-    activation: str = "int8"
+    activation: CodecName = "int8"
     """Hidden states, from stage to stage."""
-    activation_gradient: str = "int8"
+    activation_gradient: CodecName = "int8"
     """Gradients of hidden states, back from stage to stage."""
-    gradient: str = "none"
+    gradient: CodecName = "none"
     """Parameter gradients, among the slots of a stage."""
 
 

@@ -130,7 +130,7 @@ class Ledger:
                     self.progress.evaluated(step, loss)
                 case on.EndRecord(phase, reason):
                     self.phase, self.reason = phase, reason
-        if not self.is_over:
+        if records and not self.is_over:
             self.reason = "restarted; looking for peers"
 
     # ---- who is here -----------------------------------------------------------------------
@@ -295,6 +295,7 @@ class Ledger:
                 self._holdings.add(peer, plan)
                 self._moved_s = now_s
                 if self._placed == set(plan.workers()):
+                    self.reason = ""
                     return self._next(now_s)
             case Ready(step=step, source=source) if self.phase == "training":
                 if step == self.step and source in plan and plan.host(source) == peer:

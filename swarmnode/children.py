@@ -1,0 +1,191 @@
+"""Child processes of ours: one socketpair each, framed messages, and none outlives its parent.
+
+On Linux the kernel kills the child when the parent thread that started it dies (see leash.py), so
+spawn from a thread that lives as long as the daemon: the main one. Elsewhere the child watches
+its parent. The child's side is `ChildPipe` or `Pipe`, in pipes.py.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from swarmnode import leash
+from swarmnode.errors import ChildError
+from swarmnode.pipes import (
+    FD_VARIABLE,
+    MAX_MESSAGE_BYTES,
+    PARENT_VARIABLE,
+    Buffer,
+    ChildPipe,
+    Pipe,
+)
+
+__all__ = ["Child", "ChildPipe", "Pipe", "leashed", "python_module", "spawn_child"]
+
+_MAX_LOG_BYTES = 4 << 20
+_TAIL_BYTES = 2048
+
+
+def python_module(module: str, *args: str) -> list[str]:
+    """The argv that runs a module of ours in a fresh interpreter."""
+    return [sys.executable, "-m", module, *args]
+
+
+def leashed(argv: Sequence[str]) -> list[str]:
+    """`argv` behind the small program that ties its life to this process."""
+    return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *argv]
+
+
+class Child:
+    """A running child process and our end of its pipe."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        pipe: Pipe,
+        name: str,
+        log: Path | None,
+        log_start: int,
+    ) -> None:
+        self._process = process
+        self._pipe = pipe
+        self._log = log
+        self._log_start = log_start
+        self.name = name
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def send(self, *parts: Buffer) -> None:
+        """Send one message; waits while the child does not read. Raises: ChildError."""
+        try:
+            await self._pipe.send(*parts)
+        except (OSError, EOFError) as error:
+            raise await self._ended() from error
+
+    async def receive(self) -> bytearray:
+        """Return the child's next message. May be cancelled and called again.
+
+        Raises: ChildError if the child ended, FrameTooLargeError if it announced too much.
+        """
+        try:
+            return await self._pipe.receive()
+        except (OSError, EOFError) as error:
+            raise await self._ended() from error
+
+    async def wait(self) -> int:
+        """Wait for the end; the exit status, or minus the signal that killed it."""
+        status = self._process.poll()
+        if status is not None:
+            return status
+        try:
+            pidfd = os.pidfd_open(self._process.pid)
+        except (AttributeError, OSError):  # not Linux, or not permitted
+            return await asyncio.to_thread(self._process.wait)
+        loop = asyncio.get_running_loop()
+        exited = asyncio.Event()
+        loop.add_reader(pidfd, exited.set)
+        try:
+            await exited.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+        return self._process.wait()
+
+    async def stop(self, grace_s: float = 5.0) -> int:
+        """End the child: end of file, after half of `grace_s` SIGTERM, after all of it SIGKILL.
+
+        Idempotent. Returns the exit status as `wait` does.
+        """
+        self._pipe.close_write()
+        try:
+            for ask in (None, self._process.terminate):
+                if ask is not None:
+                    ask()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace_s / 2):
+                        return await self.wait()
+        finally:  # also when cancelled: nothing is left behind
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._pipe.close()
+        return self._process.wait()
+
+    async def _ended(self) -> ChildError:
+        try:
+            async with asyncio.timeout(2.0):
+                status = await self.wait()
+        except TimeoutError:
+            return ChildError(f"{self.name} closed its pipe but still runs")
+        how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+        lines = _last_lines(self._log, self._log_start)
+        return ChildError(f"{self.name} ended with {how}" + (f": {lines}" if lines else ""))
+
+
+def spawn_child(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    name: str,
+    log: Path | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> Child:
+    """Start a child of ours with one end of a socketpair; it dies with this thread.
+
+    `env` adds to the inherited environment. stderr and stdout are appended to `log` (emptied
+    first if it has grown over 4 MiB), or forwarded to our own if None.
+    Call `Child.stop` in the end, always. Raises: ChildError if it cannot be started.
+    """
+    ours, theirs = socket.socketpair()
+    variables = {
+        **os.environ,
+        **(env or {}),
+        FD_VARIABLE: str(theirs.fileno()),
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+    with theirs, contextlib.ExitStack() as opened:
+        try:
+            output = opened.enter_context(_open_log(log)) if log is not None else None
+            log_start = output.tell() if output is not None else 0
+            process = subprocess.Popen(
+                leashed(argv),
+                env=variables,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        except OSError as error:
+            ours.close()
+            raise ChildError(f"cannot start {name}: {error}") from error
+    return Child(process, Pipe(ours, max_message_bytes=max_message_bytes), name, log, log_start)
+
+
+def _open_log(log: Path) -> BinaryIO:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = log.open("ab")
+    if file.tell() > _MAX_LOG_BYTES:
+        file.truncate(0)
+    return file
+
+
+def _last_lines(log: Path | None, start: int) -> str:
+    """The last three lines after `start`, joined, at most 2 KiB; empty if there are none."""
+    if log is None:
+        return ""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return " | ".join(line.strip() for line in text.splitlines()[-3:] if line.strip())

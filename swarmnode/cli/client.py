@@ -1,0 +1,226 @@
+"""The verbs of a running node, over its HTTP API on this machine."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from swarmnode.config import HTTP_FILE, TOKEN_FILE
+from swarmnode.errors import CapacityError, NotFoundError, SwarmError, UserError
+from swarmnode.http.api import JobView, NodeView, PeerView
+from swarmnode.http.failures import raise_failure
+
+ANSWER_S = 30.0
+"""Longest wait for an ordinary answer; a stream says something at least every 10 s."""
+WORK_S = 3600.0
+"""Longest wait for verbs that work on data: submit and export."""
+ENDED = frozenset({"serving", "failed", "stopped"})
+"""Phases after which a watch ends."""
+
+ViewT = TypeVar("ViewT")
+_NODE: TypeAdapter[NodeView] = TypeAdapter(NodeView)
+_PEERS: TypeAdapter[tuple[PeerView, ...]] = TypeAdapter(tuple[PeerView, ...])
+_JOB: TypeAdapter[JobView] = TypeAdapter(JobView)
+_JOBS: TypeAdapter[tuple[JobView, ...]] = TypeAdapter(tuple[JobView, ...])
+
+
+class NodeClient:
+    """Talks to one node. Every method raises what the node answered, as errors of ours.
+
+    Raises, everywhere: SwarmError if the node does not answer, AuthError for a stale token.
+    """
+
+    def __init__(self, home: Path, address: str, token: str) -> None:
+        self.address = address
+        """Where the HTTP server is, without a slash at the end."""
+        self._home = home
+        self._http = httpx.Client(
+            base_url=address,
+            headers={"authorization": f"Bearer {token}"},
+            timeout=httpx.Timeout(ANSWER_S, connect=5.0),
+            trust_env=False,  # a proxy has no business on this machine's loopback
+        )
+
+    @classmethod
+    def of_home(cls, home: Path) -> Self:
+        """The node that runs on `home`. Raises: NotFoundError, with how to start one."""
+        try:
+            body = json.loads((home / HTTP_FILE).read_text(encoding="utf-8"))
+            token = (home / TOKEN_FILE).read_text(encoding="utf-8").strip()
+            address = str(body["address"])
+        except FileNotFoundError:
+            raise _nobody(home) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SwarmError(f"{home / HTTP_FILE} cannot be read: {error}") from error
+        return cls(home, address, token)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # ---- what is there ---------------------------------------------------------------------
+
+    def node(self) -> NodeView:
+        return _view(_NODE, self._ask("GET", "/api/node"))
+
+    def peers(self) -> tuple[PeerView, ...]:
+        return _view(_PEERS, self._ask("GET", "/api/peers"))
+
+    def jobs(self) -> tuple[JobView, ...]:
+        """Every job of the node, without the losses of each step."""
+        return _view(_JOBS, self._ask("GET", "/api/jobs"))
+
+    def job(self, job: str) -> JobView:
+        """One job, without the losses of each step."""
+        body = self._ask("GET", f"/api/jobs/{_segment(job)}", params={"points": 1})
+        return _view(_JOB, body | {"losses": ()})
+
+    def losses(self, job: str, num_points: int = 10_000) -> list[float | None]:
+        """The loss of each step, or means of equal parts where there are more steps."""
+        body = self._ask("GET", f"/api/jobs/{_segment(job)}", params={"points": num_points})
+        return list(body["losses"])
+
+    def watch(self, job: str) -> Iterator[JobView]:
+        """The job whenever it changes, and at least every 10 s, until its phase is in ENDED."""
+        latest: JobView | None = None
+        with self._stream("GET", f"/api/jobs/{_segment(job)}/watch") as answer:
+            for event in _events(answer):
+                if event is not None:
+                    latest = _view(_JOB, event)
+                if latest is not None:
+                    yield latest
+        if latest is None or latest.phase not in ENDED:
+            raise SwarmError(f"the node stopped while job {job} was watched")
+
+    # ---- what can be done ------------------------------------------------------------------
+
+    def submit(self, raw: dict[str, Any], base: Path) -> str:
+        """Start a job; its id. `base` is what relative paths in `raw` are relative to."""
+        body = {"job": raw, "base": str(base.absolute())}
+        return str(self._ask("POST", "/api/jobs", body, limit_s=WORK_S)["job"])
+
+    def stop(self, job: str) -> JobView:
+        return _view(_JOB, self._ask("POST", f"/api/jobs/{_segment(job)}/stop"))
+
+    def export(self, job: str, directory: Path) -> int:
+        """Write a Hugging Face folder; the committed steps it holds."""
+        body = {"directory": str(directory.absolute())}
+        answer = self._ask("POST", f"/api/jobs/{_segment(job)}/export", body, limit_s=WORK_S)
+        return int(answer["step"])
+
+    def generate(
+        self, model: str, prompt: str, *, max_tokens: int, temperature: float, seed: int | None
+    ) -> Iterator[str]:
+        """The pieces of the answer as the swarm makes them, over the OpenAI API."""
+        body = {
+            "model": model, "prompt": prompt, "max_tokens": max_tokens,
+            "temperature": temperature, "seed": seed, "stream": True,
+        }  # fmt: skip
+        with self._stream("POST", "/v1/completions", body) as answer:
+            for event in _events(answer):
+                for choice in event["choices"] if event is not None else ():
+                    yield str(choice["text"])
+
+    # ---- how -------------------------------------------------------------------------------
+
+    def _ask(
+        self, method: str, path: str, body: Any = None, *, params: Any = None,
+        limit_s: float = ANSWER_S,
+    ) -> Any:  # fmt: skip
+        timeout = httpx.Timeout(limit_s, connect=5.0)
+        with self._translated():
+            answer = self._http.request(method, path, json=body, params=params, timeout=timeout)
+            parsed = _parse(answer)
+        _raise_for(answer.status_code, parsed)
+        return parsed
+
+    @contextmanager
+    def _stream(self, method: str, path: str, body: Any = None) -> Iterator[httpx.Response]:
+        with self._translated(), self._http.stream(method, path, json=body) as answer:
+            if answer.status_code >= 400:
+                answer.read()
+                _raise_for(answer.status_code, _parse(answer))
+            yield answer
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError:
+            raise _nobody(self._home) from None
+        except httpx.TimeoutException:
+            raise SwarmError(f"the node at {self.address} does not answer in time") from None
+        except httpx.HTTPError as error:
+            raise SwarmError(f"the node at {self.address} broke off: {error}") from error
+
+
+def _nobody(home: Path) -> NotFoundError:
+    return NotFoundError(
+        f"no node runs on {home}; start one with `swarmnode up --home {home}`, or name another home"
+    )
+
+
+def _segment(job: str) -> str:
+    """`job` as one part of a path: a name with a slash must not reach another address."""
+    if not job or not all(letter.isalnum() or letter in "._-" for letter in job):
+        raise NotFoundError(f"{job!r:.80} is no name or id of a job; `swarmnode jobs` lists them")
+    return job
+
+
+def _events(answer: httpx.Response) -> Iterator[Any]:
+    """The data of server-sent events; None for a comment, which keeps the connection open."""
+    for line in answer.iter_lines():
+        if line.startswith(":"):
+            yield None
+        elif line.startswith("data: ") and line != "data: [DONE]":
+            event = json.loads(line.removeprefix("data: "))
+            if isinstance(event, dict) and "error" in event:
+                _raise_for(500, event)
+            yield event
+
+
+def _parse(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        raise SwarmError(f"the node answered {answer.status_code} without JSON") from None
+
+
+def _raise_for(status: int, body: Any) -> None:
+    """As `raise_failure`, for the OpenAI API's form of errors too."""
+    if status < 400:
+        return
+    fault = body.get("error") if isinstance(body, dict) else None
+    code = fault.get("code") if isinstance(fault, dict) else None
+    if isinstance(fault, dict) and "code" in fault:
+        message = str(fault.get("message"))
+        if code == "rate_limit_exceeded":
+            raise CapacityError(message)
+        raise (
+            UserError(message)
+            if fault.get("type") == "invalid_request_error"
+            else SwarmError(message)
+        )
+    raise_failure(status, body)
+
+
+def _view(form: TypeAdapter[ViewT], body: Any) -> ViewT:
+    try:
+        return form.validate_python(body)
+    except ValidationError as error:
+        raise SwarmError(f"the node runs another version: {error.errors()[0]['msg']}") from None

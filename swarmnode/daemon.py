@@ -1,0 +1,376 @@
+"""The composition root: one node, all its services in one TaskGroup, until a signal ends it."""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from swarmnode import __version__, telemetry
+from swarmnode.config import NodeConfig
+from swarmnode.coordinator.cost import ModelFacts
+from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.runner import RunnerTools
+from swarmnode.coordinator.service import CoordinatorService
+from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
+from swarmnode.errors import BusyError, PeerError, UserError
+from swarmnode.http import server
+from swarmnode.node import Node, job_view
+from swarmnode.p2p import adverts
+from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blobs import BlobClient, serve_blobs
+from swarmnode.p2p.directory.client import Directory
+from swarmnode.p2p.identity import Identity, load_or_create
+from swarmnode.p2p.membership import Membership, Records
+from swarmnode.p2p.ports import Transport
+from swarmnode.p2p.session import first_error
+from swarmnode.p2p.streams import Libp2pTransport
+from swarmnode.p2p.switch import Switch
+from swarmnode.worker.hosting import HostTools
+from swarmnode.worker.models.tool import export_model, model_sizes
+from swarmnode.worker.probe import probe
+from swarmnode.worker.service import WorkerService
+
+POLL_S = 2.0
+"""Seconds between two looks into the directory."""
+OBSERVE_S = 5.0
+
+
+def run(config: NodeConfig, on_ready: Callable[[Node], None]) -> int:
+    """Run a node in the foreground until SIGINT or SIGTERM; the exit status.
+
+    Raises: UserError for what the user can mend, SwarmError otherwise.
+    """
+    try:
+        import uvloop
+
+        new_loop: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+    except ImportError:
+        new_loop = None
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        try:
+            runner.run(main(config, on_ready))
+        except BaseExceptionGroup as failures:
+            raise first_error(failures) from failures
+    return 0
+
+
+async def main(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
+    """Run a node until a signal asks it to stop."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    with locked(config.home):
+        async with asyncio.TaskGroup() as group:
+            node = group.create_task(_run(config, on_ready), name="node")
+            group.create_task(_cancel_when(stop, node), name="stop")
+
+
+async def _cancel_when(stop: asyncio.Event, node: asyncio.Task[None]) -> None:
+    await stop.wait()
+    node.cancel()
+
+
+@contextlib.contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Make the home and hold it alone. Raises: BusyError if another daemon does."""
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (home / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"home {home} cannot be used: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BusyError(
+                f"home {home} is in use by another daemon; stop it or give another --home"
+            ) from None
+        yield
+
+
+async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
+    """Start everything in order, and end it in the other order when cancelled."""
+    home = config.home
+    identity = load_or_create(home / "identity.key")
+    telemetry.configure_logging(config.log_level, path=home / "daemon.log", peer=identity.peer)
+    device = await probe(home)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(telemetry.close_logging)
+        directory = await stack.enter_async_context(
+            Directory.start(identity, home, config.listen_host, config.directory_port, config.join)
+        )
+        transport = await stack.enter_async_context(start_transport(config, identity))
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        daemon = Daemon(config, identity, device, directory, transport, group)
+        for work in (daemon.advertise, daemon.look, daemon.observe):
+            group.create_task(work(), name=work.__name__)
+        group.create_task(daemon.serve(on_ready), name="http")
+        daemon.coordinator.restore()
+        await directory.wait()
+
+
+def start_transport(
+    config: NodeConfig, identity: Identity
+) -> contextlib.AbstractAsyncContextManager[Libp2pTransport]:
+    """The tensor transport. Raises: BusyError if the port is taken."""
+    version = "ip6" if ":" in config.listen_host else "ip4"
+    listen = [f"/{version}/{config.listen_host}/tcp/{config.transport_port}"]
+    return Libp2pTransport.start(identity.seed, listen)
+
+
+class Daemon:
+    """The services of one node and the loops that keep them informed."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        identity: Identity,
+        device: DeviceSpec,
+        directory: Directory,
+        transport: Transport,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._device = device
+        self._directory = directory
+        self._transport = transport
+        self._log = telemetry.get_logger("daemon").info
+        self._incarnation = time.time_ns() // 1_000_000
+        self._membership = Membership(lease_s=config.lease_s)
+        self._dropped_records: dict[str, int] = {}
+        self.metrics = telemetry.Metrics(version=__version__, peer=identity.peer)
+        self.metrics.set_device_memory(
+            total_bytes=device.memory_total_bytes, free_bytes=device.memory_free_bytes
+        )
+        self._dropped: Counter[str] = Counter()
+        home = config.home
+        store = BlobStore(home / "blobs")
+        switch = Switch(transport, group, self._count_dropped, self.metrics.add_sent)
+        blobs = BlobClient(transport, store, self._count_blobs)
+        self.worker = WorkerService(
+            transport,
+            HostTools(
+                me=identity.peer,
+                directory=home / "hosted",
+                store=store,
+                blobs=blobs,
+                switch=switch,
+                device=device.kind if config.device == "auto" else config.device,
+                num_threads=self._limits.num_threads,
+                on_sent=self.metrics.add_sent,
+                on_compute=self.metrics.add_compute,
+            ),
+            self._count_dropped,
+            self._log,
+        )
+        self.coordinator = CoordinatorService(
+            identity,
+            home / "jobs",
+            RunnerTools(
+                transport=transport,
+                store=store,
+                blobs=blobs,
+                switch=switch,
+                peers=self.peers,
+                on_sent=self.metrics.add_sent,
+                on_changed=self._observe_job,
+                log=self._log,
+            ),
+            group,
+            self._sizes_of,
+        )
+        serve_blobs(
+            transport,
+            store,
+            lambda peer, job: switch.names(peer, job) or self.coordinator.names(peer, job),
+            self._count_blobs,
+        )
+        self.node = Node(
+            identity=identity,
+            home=home,
+            join_address=directory.addresses[0],
+            transport_addresses=tuple(transport.addresses),
+            device=device.name,
+            coordinator=self.coordinator,
+            worker=self.worker,
+            adverts=self.peers,
+            pids=self.pids,
+            export_model=self._export_model,
+            dropped=self._dropped,
+        )
+
+    # ---- who is here -----------------------------------------------------------------------
+
+    @property
+    def _limits(self) -> Limits:
+        config, device = self._config, self._device
+        allowed = config.memory_bytes
+        share = int(0.8 * device.memory_total_bytes) if allowed is None else int(allowed)
+        return Limits(
+            memory_bytes=min(share, device.memory_total_bytes),
+            num_threads=config.num_threads or device.num_cores,
+        )
+
+    def peers(self) -> tuple[Advert, ...]:
+        """Everybody with a valid lease, ourselves included."""
+        return self._membership.peers(time.time())
+
+    async def advertise(self) -> None:
+        """Renew our own advert three times in each lease."""
+        lease_s = self._config.lease_s
+        while True:
+            self._device = await probe(self._config.home)
+            advert = Advert(
+                peer=self._identity.peer,
+                addresses=tuple(self._transport.addresses),
+                device=self._device,
+                limits=self._limits,
+                version=__version__,
+                incarnation=self._incarnation,
+                expires_at_s=time.time() + lease_s,
+            )
+            record = adverts.encode(advert, self._identity.sign)
+            self._membership.handle(Records({advert.peer: record}), time.time())
+            try:
+                await self._directory.advertise(record, lease_s)
+            except PeerError as error:
+                self._log("advert not stored", reason=str(error))
+            await asyncio.sleep(lease_s / 3)
+
+    async def look(self) -> None:
+        """Read the directory again and again."""
+        while True:
+            records = await self._directory.records()
+            effects = self._membership.handle(Records(records), time.time())
+            for effect in effects:
+                self._log("peer", what=type(effect).__name__, effect=str(effect)[:300])
+            self.metrics.set_peers(len(self.peers()))
+            self._count_bad_records()
+            await asyncio.sleep(POLL_S)
+
+    def _count_bad_records(self) -> None:
+        for source in (self._membership.dropped, self._directory.refused):
+            for reason, count in source.items():
+                fresh = count - self._dropped_records.get(reason, 0)
+                if fresh > 0:
+                    self._dropped_records[reason] = count
+                    self._count_dropped(f"record_{reason}", fresh)
+
+    # ---- what is seen ----------------------------------------------------------------------
+
+    async def observe(self) -> None:
+        """Measure the node's own processes now and then."""
+        while True:
+            self.metrics.observe_children(self.pids())
+            self.metrics.set_device_memory(
+                total_bytes=self._device.memory_total_bytes,
+                free_bytes=self._device.memory_free_bytes,
+            )
+            await asyncio.sleep(OBSERVE_S)
+
+    def pids(self) -> Mapping[str, int]:
+        """Our processes by role."""
+        children = {
+            f"worker:{host.job}": host.child_pid
+            for host in self.worker.hosts()
+            if host.child_pid is not None
+        }
+        return {"daemon": os.getpid(), "directory": self._directory.pid, **children}
+
+    def _observe_job(self, ledger: Ledger) -> None:
+        view = job_view(ledger, with_losses=False)
+        self.metrics.observe_job(
+            job_id=view.job,
+            job_name=view.name,
+            step=view.step,
+            num_steps=view.num_steps,
+            loss=view.loss,
+            val_loss=view.val_loss,
+            step_s=view.step_s,
+            tokens_per_s=view.tokens_per_s,
+            tokens_total=view.tokens_total,
+            generation=view.generation,
+            recoveries=view.recoveries,
+            recovery_s=view.recovery_s,
+            bytes_by_kind=view.bytes_by_kind,
+        )
+        if view.phase != "training":
+            self.metrics.idle_job(view.job)
+
+    def _count_dropped(self, reason: str, number: int = 1) -> None:
+        self._dropped[reason] += number
+        self.metrics.count_dropped(reason, number)
+
+    def _count_blobs(self, event: str, _peer: PeerId, amount: int) -> None:
+        if event == "sent_bytes":
+            self.metrics.add_sent("blob", amount)
+        elif event != "received_bytes":
+            self._count_dropped(f"blob_{event}", amount)
+
+    # ---- what is offered -------------------------------------------------------------------
+
+    async def serve(self, on_ready: Callable[[Node], None]) -> None:
+        """Serve HTTP on this machine, and tell the command line where."""
+        config, home = self._config, self._config.home
+        token = load_token(home / "token")
+
+        def bound(port: int) -> None:
+            self.node.http_address = f"http://127.0.0.1:{port}"
+            body = {"address": self.node.http_address, "pid": os.getpid()}
+            write_private(home / "http.json", json.dumps(body) + "\n")
+            if config.targets_directory is not None:
+                telemetry.write_target(
+                    config.targets_directory, peer=self._identity.peer, address=f"127.0.0.1:{port}"
+                )
+            on_ready(self.node)
+
+        try:
+            await server.serve(self.node, self.metrics, token, "127.0.0.1", config.http_port, bound)
+        finally:
+            (home / "http.json").unlink(missing_ok=True)
+            if config.targets_directory is not None:
+                telemetry.remove_target(config.targets_directory, peer=self._identity.peer)
+
+    async def _sizes_of(
+        self, config: Mapping[str, Any], stages: int, stored: tuple[str, ...] | None
+    ) -> ModelFacts:
+        sizes = await model_sizes(config, self._config.home / "model-tool.log", stages, stored)
+        return ModelFacts(**asdict(sizes))
+
+    async def _export_model(
+        self, config: Mapping[str, Any], weights: Path, tokenizer: Path, directory: Path
+    ) -> None:
+        log = self._config.home / "model-tool.log"
+        await export_model(config, weights, tokenizer, directory, log)
+
+
+def load_token(path: Path) -> str:
+    """The token of the local API; a new one if there is none yet."""
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        token = ""
+    if len(token) < 32:
+        token = secrets.token_urlsafe(32)
+        write_private(path, token + "\n")
+    return token
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a small file that only its owner may read; complete or not at all."""
+    partial = path.with_suffix(".partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    partial.replace(path)

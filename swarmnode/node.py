@@ -1,0 +1,222 @@
+"""One node as its HTTP API sees it: the verbs of `http.api.NodeApi` over the node's services."""
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swarmnode import __version__
+from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.service import CoordinatorService, RunningJob
+from swarmnode.domain import Advert, JobId
+from swarmnode.errors import BusyError, NotFoundError, SwarmError
+from swarmnode.http.api import JobView, ModelView, NodeView, PeerView, Token
+from swarmnode.p2p.identity import Identity
+from swarmnode.wire import Sampling
+from swarmnode.worker.service import WorkerService
+
+ExportModel = Callable[[Mapping[str, Any], Path, Path, Path], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A served job, as the OpenAI API names it."""
+
+    running: RunningJob
+
+    @property
+    def name(self) -> str:
+        return self.running.manifest.name
+
+    @property
+    def job(self) -> JobId:
+        return self.running.manifest.job
+
+    @property
+    def created_s(self) -> float:
+        return self.running.manifest.submitted_at_s
+
+    @property
+    def max_positions(self) -> int:
+        return self.running.facts.max_positions
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.running.tokenizer.chat_template
+
+    def encode(self, text: str) -> list[int]:
+        return self.running.tokenizer.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.running.tokenizer.decode(tokens)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return frozenset(self.running.tokenizer.end_ids)
+
+
+@dataclass
+class Node:
+    """Implements `NodeApi`."""
+
+    identity: Identity
+    home: Path
+    join_address: str
+    transport_addresses: tuple[str, ...]
+    device: str
+    coordinator: CoordinatorService
+    worker: WorkerService
+    adverts: Callable[[], tuple[Advert, ...]]
+    pids: Callable[[], Mapping[str, int]]
+    export_model: ExportModel
+    dropped: Counter[str]
+    http_address: str = ""
+    started_s: float = field(default_factory=time.monotonic)
+
+    def node(self) -> NodeView:
+        me = self.identity.peer
+        hosted = tuple(
+            f"{host.job} {at.stage}/{at.slot}"
+            for host in self.worker.hosts()
+            if host.plan is not None
+            for at in host.plan.hosted_by(me)
+        )
+        return NodeView(
+            peer=me,
+            version=__version__,
+            home=str(self.home),
+            join_address=self.join_address,
+            transport_addresses=self.transport_addresses,
+            http_address=self.http_address,
+            uptime_s=time.monotonic() - self.started_s,
+            num_peers=len(self.adverts()),
+            device=self.device,
+            hosted=hosted,
+            pids=self.pids(),
+            dropped=dict(sorted(self.dropped.items())),
+        )
+
+    def peers(self) -> tuple[PeerView, ...]:
+        now_s = time.time()
+        return tuple(
+            PeerView(
+                peer=advert.peer,
+                addresses=advert.addresses,
+                device=advert.device.name,
+                kind=advert.device.kind,
+                flops=dict(advert.device.flops),
+                memory_bytes_per_s=advert.device.memory_bytes_per_s,
+                memory_total_bytes=advert.device.memory_total_bytes,
+                memory_free_bytes=advert.device.memory_free_bytes,
+                num_cores=advert.device.num_cores,
+                version=advert.version,
+                expires_in_s=advert.expires_at_s - now_s,
+                is_self=advert.peer == self.identity.peer,
+            )
+            for advert in self.adverts()
+        )
+
+    # ---- jobs ------------------------------------------------------------------------------
+
+    def jobs(self) -> tuple[JobView, ...]:
+        return tuple(job_view(job.ledger, with_losses=False) for job in self.coordinator.jobs)
+
+    def job(self, job: str) -> JobView:
+        return job_view(self.coordinator.find(job).ledger)
+
+    async def submit(self, raw: dict[str, Any], base: Path) -> JobId:
+        return await self.coordinator.submit(raw, base)
+
+    async def watch(self, job: str) -> AsyncIterator[JobView]:
+        running = self.coordinator.find(job)
+        while True:
+            view = job_view(running.ledger, with_losses=False)
+            yield view
+            if view.phase in ("serving", "failed", "stopped"):
+                return
+            await running.runner.changed()
+
+    async def stop(self, job: str) -> None:
+        await self.coordinator.stop(job)
+
+    async def export(self, job: str, directory: Path) -> int:
+        running = self.coordinator.find(job)
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise BusyError(f"{directory} exists and is not empty; give a new folder")
+        weights = running.directory / f"export-{time.monotonic_ns()}.safetensors"
+        try:
+            step = await self.coordinator.export_weights(running, weights)
+            await self.export_model(
+                running.manifest.model.config, weights, running.tokenizer_directory, directory
+            )
+        except OSError as error:
+            raise SwarmError(f"cannot export to {directory}: {error.strerror}") from error
+        finally:
+            weights.unlink(missing_ok=True)
+        return step
+
+    # ---- serving ---------------------------------------------------------------------------
+
+    def models(self) -> tuple[ModelView, ...]:
+        newest = {job.manifest.name: job for job in self.coordinator.jobs if _serves(job)}
+        return tuple(ServedModel(job) for job in newest.values())
+
+    def model(self, name: str) -> ModelView:
+        running = self.coordinator.find(name)
+        if not _serves(running):
+            raise NotFoundError(
+                f"job {name} is {running.ledger.phase}, it serves nothing now; see `swarmnode jobs`"
+            )
+        return ServedModel(running)
+
+    async def generate(
+        self, model: ModelView, prompt: list[int], max_tokens: int, sampling: Sampling
+    ) -> AsyncIterator[Token]:
+        running = self.coordinator.find(model.job)
+        answers = running.head.generate(prompt, max_tokens, model.max_positions, sampling)
+        try:
+            async for answer in answers:
+                if answer.token in model.end_tokens:
+                    return
+                yield Token(answer.token, answer.logprob, answer.top)
+        finally:
+            await answers.aclose()
+
+
+def _serves(job: RunningJob) -> bool:
+    return job.ledger.phase in ("training", "evaluating", "saving", "serving")
+
+
+def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
+    """A job's figures as people see them."""
+    progress, plan, manifest = ledger.progress, ledger.plan, ledger.manifest
+    losses = progress.losses
+    is_placed = plan is not None and not ledger.is_over
+    return JobView(
+        job=ledger.job,
+        name=manifest.name,
+        kind=manifest.kind,
+        phase=ledger.phase,
+        reason=ledger.reason,
+        step=ledger.step,
+        num_steps=manifest.num_steps,
+        loss=losses[-1] if losses else None,
+        first_loss=losses[0] if losses else None,
+        val_loss=progress.validation[-1][1] if progress.validation else None,
+        step_s=progress.step_s,
+        tokens_per_s=progress.tokens_per_s if ledger.phase == "training" else None,
+        tokens_total=ledger.step * progress.tokens_per_step,
+        elapsed_s=time.monotonic() - progress.started_s,
+        bytes_by_kind=progress.bytes_by_kind,
+        generation=ledger.generation,
+        recoveries=progress.recoveries,
+        recovery_s=progress.recovery_s,
+        killed_peers=tuple(progress.killed),
+        placement=plan.slots if plan and is_placed else (),
+        layers=plan.layers if plan and is_placed else (),
+        plan_reasons=plan.reasons if plan and is_placed else (),
+        checkpoint_step=ledger.checkpoint.step if ledger.checkpoint else None,
+        losses=tuple(losses) if with_losses else (),
+    )

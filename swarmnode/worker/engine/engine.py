@@ -1,0 +1,219 @@
+"""The worker child's logic: what each message from the daemon means, and what to compute next."""
+
+import json
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swarmnode.compression.codec import Payload
+from swarmnode.domain import Generation, JobId
+from swarmnode.errors import ManifestError
+from swarmnode.manifest import Manifest, check
+from swarmnode.wire import (
+    Begin,
+    Busy,
+    Commit,
+    Configure,
+    Configured,
+    Export,
+    Exported,
+    Failed,
+    Frame,
+    Message,
+    SessionClose,
+    SessionFrame,
+)
+from swarmnode.worker.engine.conversations import Conversations
+from swarmnode.worker.engine.setup import Send, Setup, make_setup, make_stages, set_determinism
+from swarmnode.worker.engine.steps import Steps
+from swarmnode.worker.models import save_tensors
+from swarmnode.worker.training.state import StageState
+
+_MAX_REASON_CHARS = 400
+
+
+class Engine:
+    """One job's stages on one device. Not thread-safe: one thread calls `handle` and `run_once`.
+
+    `send` gives a message and its payload to the daemon; it is also called from the thread that
+    writes exports. Whatever goes wrong while computing becomes a Failed; the engine then waits
+    for a Configure, which may still keep the stages that are whole.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._setup: Setup | None = None
+        self._steps: Steps | None = None
+        self._conversations: Conversations | None = None
+        self._held: dict[int, StageState] = {}
+        self._job: JobId | None = None
+        self._generation = Generation(-1)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="export")
+        self._compute_s = 0.0
+        self._sessions_first = True
+        self.dropped: Counter[str] = Counter()
+        """How many messages were ignored, by reason."""
+
+    def handle(self, message: Message, payload: Payload = b"") -> None:
+        """Take one message. Frames are only checked and kept; the rest is done at once."""
+        if isinstance(message, Configure):
+            if message.plan.generation < self._generation:
+                self.dropped["generation"] += 1
+                return
+            self._generation, self._job = message.plan.generation, message.job
+            self._guarded(lambda: self._configure(message, payload))
+        elif not isinstance(message, Frame | Begin | Commit | Export | SessionFrame | SessionClose):
+            self.dropped["type"] += 1
+        elif self._setup is None or message.job != self._job:
+            self.dropped["job"] += 1
+        elif message.generation != self._generation:
+            self.dropped["generation"] += 1
+        else:
+            self._guarded(lambda: self._dispatch(message, payload))
+
+    def run_once(self) -> bool:
+        """Do one unit of computing: a microbatch one way, or a piece of a conversation.
+
+        Returns whether there was one; if not, only another message changes that. The two kinds
+        take turns, so that neither starves the other.
+        """
+        return self._guarded(self._work)
+
+    def close(self) -> None:
+        """Finish the files that are being written."""
+        self._writer.shutdown()
+
+    def _dispatch(
+        self,
+        message: Frame | Begin | Commit | Export | SessionFrame | SessionClose,
+        payload: Payload,
+    ) -> bool:
+        assert self._setup is not None
+        if isinstance(message, SessionFrame | SessionClose):
+            self._converse(message, payload)
+        elif isinstance(message, Export):
+            self._export(message)
+        elif self._steps is None:
+            self.dropped["job"] += 1
+        elif isinstance(message, Frame):
+            self._steps.take(message, payload)
+        elif isinstance(message, Begin):
+            self._steps.begin(message)
+        else:
+            started_s = time.perf_counter()
+            self._steps.commit(message)
+            self._count(started_s)
+        return True
+
+    def _work(self) -> bool:
+        if self._setup is None:
+            return False
+        started_s = time.perf_counter()
+        sources = [self._conversations, self._steps]
+        if not self._sessions_first:
+            sources.reverse()
+        for source in sources:
+            if source is not None and source.work():
+                self._sessions_first = source is self._steps
+                self._count(started_s)
+                return True
+        self._report_busy(0.25)
+        return False
+
+    def _configure(self, configure: Configure, payload: Payload) -> bool:
+        self._forget()
+        manifest = check(Manifest, _json(payload), "manifest")
+        if manifest.job != configure.job:
+            raise ManifestError(f"manifest of job {manifest.job} for job {configure.job}")
+        torch.set_num_threads(configure.num_threads)
+        set_determinism(configure.device, trains=manifest.kind == "train")
+        kept = {stage for stage, how, _ in configure.sources if how == "keep"}
+        self._held = {stage: self._held[stage] for stage in sorted(kept & set(self._held))}
+        self._held = make_stages(configure, manifest, self._held)
+        self._setup = make_setup(configure, manifest, self._held)
+        self._conversations = Conversations(self._setup, self._send)
+        if self._setup.trains:
+            self._steps = Steps(self._setup, configure.step, self._send, self.dropped)
+        answer = Configured(configure.job, configure.plan.generation, configure.step)
+        self._send(answer, b"")
+        return True
+
+    def _converse(self, message: SessionFrame | SessionClose, payload: Payload) -> None:
+        assert self._setup is not None
+        assert self._conversations is not None
+        if message.target not in self._setup.hosted:
+            self.dropped["slot"] += 1
+            return
+        self._conversations.take(message, payload)
+
+    def _export(self, export: Export) -> None:
+        """Copy a stage now, write it while computing goes on."""
+        state = self._held.get(export.stage)
+        if state is None or state.step != export.step:
+            self.dropped["export"] += 1
+            return
+        self._writer.submit(self._write, export, state.copied_tensors())
+
+    def _write(self, export: Export, tensors: dict[str, Tensor]) -> None:
+        try:
+            save_tensors(Path(export.path), tensors)
+        except Exception as error:  # reported, like everything that goes wrong in the child
+            self._send(Failed(export.job, export.generation, _one_line(error)), b"")
+            return
+        answer = Exported(export.job, export.generation, export.step, export.stage, export.path)
+        self._send(answer, b"")
+
+    def _guarded(self, work: Callable[[], bool]) -> bool:
+        """Do `work`; turn what goes wrong into a Failed and drop the generation."""
+        try:
+            return work()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError | ConnectionResetError):
+                raise  # the daemon is gone: nobody to report to
+            self._fail(error)
+        except Exception as error:  # the daemon decides what follows, whatever it was
+            self._fail(error)
+        return True
+
+    def _fail(self, error: Exception) -> None:
+        traceback.print_exception(error)  # to the child's log; the daemon gets one line
+        self._forget()
+        assert self._job is not None
+        self._send(Failed(self._job, self._generation, _one_line(error)), b"")
+
+    def _forget(self) -> None:
+        """Abandon the generation: the unfinished step, gradients, conversations."""
+        self._setup = self._steps = self._conversations = None
+        for state in self._held.values():
+            for parameter in state.module.parameters():
+                parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _count(self, started_s: float) -> None:
+        self._compute_s += time.perf_counter() - started_s
+        self._report_busy(1.0)
+
+    def _report_busy(self, at_least_s: float) -> None:
+        if self._compute_s >= at_least_s and self._job is not None:
+            self._send(Busy(self._job, self._compute_s), b"")
+            self._compute_s = 0.0
+
+
+def _json(payload: Payload) -> Any:
+    try:
+        return json.loads(bytes(payload))
+    except (ValueError, RecursionError):
+        raise ManifestError("manifest: not JSON") from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 3] + "..."

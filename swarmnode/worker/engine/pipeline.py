@@ -1,0 +1,168 @@
+"""The microbatches of one step, through the slots that this node hosts.
+
+Letters: B rows, S positions, D hidden width, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swarmnode.compression.codec import Payload
+from swarmnode.domain import SlotId
+from swarmnode.wire import Frame
+from swarmnode.worker.engine.setup import Post, Setup
+from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
+from swarmnode.worker.training.slots import microbatches_of
+
+Boundary = Literal["activation", "activation_gradient"]
+
+
+@dataclass
+class _Slot:
+    """One hosted slot in this step."""
+
+    schedule: SlotSchedule
+    microbatches: tuple[int, ...]
+    inputs: dict[tuple[Direction, int], Payload] = field(default_factory=dict)
+    """What has arrived, still coded."""
+    graphs: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    """Per microbatch in flight: the input (none at the first stage), and the output."""
+    losses: list[Tensor] = field(default_factory=list)
+
+
+class Pipeline:
+    """Runs 1F1B on every hosted slot; a unit of work is one microbatch, one way, in one slot."""
+
+    def __init__(self, setup: Setup, step: int, post: Post, *, evaluate: bool) -> None:
+        self._setup = setup
+        self._step = step
+        self._post = post
+        self._evaluate = evaluate
+        expected, plan = setup.expected, setup.plan
+        count = expected.num_evaluation_microbatches if evaluate else expected.num_microbatches
+        self._slots: dict[SlotId, _Slot] = {}
+        for slot in sorted(setup.hosted, reverse=True):  # late stages first: they free memory
+            microbatches = microbatches_of(
+                slot.slot, num_slots=plan.num_slots, num_microbatches=count
+            )
+            schedule = SlotSchedule(
+                stage=slot.stage,
+                num_stages=plan.num_stages,
+                microbatches=microbatches,
+                forward_only=evaluate,
+            )
+            self._slots[slot] = _Slot(schedule, microbatches)
+        if not evaluate:
+            for gradients in setup.accumulators.values():
+                for gradient in gradients.values():
+                    gradient.flat.zero_()
+
+    def take(self, frame: Frame, payload: Payload) -> None:
+        """Keep a boundary tensor, still coded, until its work is next."""
+        slot = self._slots[frame.target]
+        direction: Direction = "forward" if frame.kind == "activation" else "backward"
+        slot.inputs[direction, frame.microbatch] = payload
+        slot.schedule.arrived(direction, frame.microbatch)
+
+    def work(self) -> SlotId | None:
+        """Do one unit; the slot that did it, or None if all wait or are done."""
+        ready = [(slot, at.schedule.next()) for slot, at in self._slots.items()]
+        for direction in ("backward", "forward"):
+            for slot, work in ready:
+                if work is not None and work.direction == direction:
+                    self._perform(slot, work)
+                    self._slots[slot].schedule.done(work)
+                    return slot
+        return None
+
+    def is_finished(self, slot: SlotId) -> bool:
+        return self._slots[slot].schedule.is_finished
+
+    def microbatches(self, slot: SlotId) -> tuple[int, ...]:
+        return self._slots[slot].microbatches
+
+    def losses(self, slot: SlotId) -> tuple[float, ...]:
+        """The mean loss of each microbatch in order, nats per token; none but at the last stage."""
+        return tuple(float(loss) for loss in self._slots[slot].losses)
+
+    def _perform(self, slot: SlotId, work: Work) -> None:
+        if work.direction == "backward":
+            self._backward(slot, work.microbatch)
+        else:
+            self._forward(slot, work.microbatch)
+
+    def _forward(self, slot: SlotId, microbatch: int) -> None:
+        setup, at = self._setup, self._slots[slot]
+        inputs = self._inputs(slot, microbatch)
+        with torch.set_grad_enabled(not self._evaluate), setup.autocast():
+            output = setup.stages[slot.stage].module(inputs)
+        if setup.is_last(slot):
+            labels_BS = self._tokens(microbatch)[:, 1:]
+            output = F.cross_entropy(output.float().flatten(0, 1), labels_BS.flatten())
+            at.losses.append(output.detach())
+        else:
+            target = SlotId(slot.stage + 1, slot.slot)
+            self._send("activation", slot, target, microbatch, output)
+        if not self._evaluate:
+            at.graphs[microbatch] = (None if slot.stage == 0 else inputs, output)
+
+    def _inputs(self, slot: SlotId, microbatch: int) -> Tensor:
+        if slot.stage == 0:
+            return self._tokens(microbatch)[:, :-1]
+        payload = self._slots[slot].inputs.pop(("forward", microbatch))
+        hidden_BSD = self._decode("activation", payload)
+        return hidden_BSD.requires_grad_(not self._evaluate)
+
+    def _backward(self, slot: SlotId, microbatch: int) -> None:
+        setup, at = self._setup, self._slots[slot]
+        inputs, output = at.graphs.pop(microbatch)
+        if setup.is_last(slot):
+            count = setup.expected.num_microbatches
+            gradient = torch.full_like(output, 1.0 / count)
+        else:
+            payload = at.inputs.pop(("backward", microbatch))
+            gradient = self._decode("activation_gradient", payload).to(output.dtype)
+        self._point_gradients_at(slot)
+        torch.autograd.backward(output, gradient)
+        if inputs is not None:
+            assert inputs.grad is not None
+            target = SlotId(slot.stage - 1, slot.slot)
+            self._send("activation_gradient", slot, target, microbatch, inputs.grad)
+
+    def _point_gradients_at(self, slot: SlotId) -> None:
+        """Let autograd add into the slot's own accumulator: the slots of a stage share weights."""
+        views = {
+            name: view
+            for gradient in self._setup.accumulators[slot].values()
+            for name, view in gradient.views.items()
+        }
+        parameters = self._setup.stages[slot.stage].module.parameters_by_name()
+        for name, parameter in parameters.items():
+            parameter.grad = views[name]
+
+    def _tokens(self, microbatch: int) -> Tensor:
+        batches = self._setup.batches
+        assert batches is not None
+        rows = (
+            batches.validation(microbatch)
+            if self._evaluate
+            else batches.training(self._step, microbatch)
+        )
+        return torch.from_numpy(rows).to(self._setup.device)
+
+    def _decode(self, role: Boundary, payload: Payload) -> Tensor:
+        setup = self._setup
+        return setup.codecs[role].decode(payload, setup.expected.hidden_shape, device=setup.device)
+
+    def _send(
+        self, kind: Boundary, source: SlotId, target: SlotId, microbatch: int, tensor: Tensor
+    ) -> None:
+        setup = self._setup
+        frame = setup.frame(
+            kind, self._step, source, target, setup.expected.hidden_shape,
+            microbatch=microbatch, evaluate=self._evaluate,
+        )  # fmt: skip
+        self._post(frame, setup.codecs[kind].encode(tensor.detach().float()))

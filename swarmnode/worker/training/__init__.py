@@ -1,0 +1,1 @@
+"""One training step, decided purely: samples, schedule, slots, commit."""

@@ -1,0 +1,92 @@
+"""Which frames a peer may expect in one generation: everything else is refused, with a reason."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from swarmnode.domain import PeerId, Plan, SlotId
+from swarmnode.wire import Frame, FrameKind
+from swarmnode.worker.training.groups import Group
+
+Role = Literal["activation", "activation_gradient", "gradient"]
+Refusal = Literal["slot", "microbatch", "part", "shape", "length"]
+
+
+class FrameKey(NamedTuple):
+    """What makes a frame one of its step: a second one with the same key is a repetition."""
+
+    kind: FrameKind
+    source: SlotId
+    target: SlotId
+    microbatch: int
+    group: int
+    part: int
+
+
+def frame_key(frame: Frame) -> FrameKey:
+    return FrameKey(
+        frame.kind, frame.source, frame.target, frame.microbatch, frame.group, frame.part
+    )
+
+
+@dataclass(frozen=True)
+class ExpectedFrames:
+    """Everything that a frame of one generation must agree with."""
+
+    plan: Plan
+    peer: PeerId
+    hidden_shape: tuple[int, int, int]
+    """Rows, positions, width of a boundary activation."""
+    num_microbatches: int
+    num_evaluation_microbatches: int
+    groups: Mapping[int, Group]
+    """The reduction groups that the peer's slots are in, by index; empty where nothing trains."""
+    wire_bytes: Callable[[Role, Sequence[int]], int]
+    """The exact payload length of a tensor of a role and a shape."""
+
+    def refusal(self, frame: Frame, num_payload_bytes: int) -> Refusal | None:
+        """Why the frame cannot be one of this generation, or None if it can."""
+        if not self._is_hosted(frame.target):
+            return "slot"
+        if frame.kind in ("activation", "activation_gradient"):
+            wrong, shape = self._boundary(frame), tuple[int, ...](self.hidden_shape)
+        else:
+            wrong, shape = self._reduction(frame)
+        if wrong is not None:
+            return wrong
+        if frame.shape != shape:
+            return "shape"
+        role: Role = "gradient" if frame.kind == "reduced" else frame.kind
+        return None if num_payload_bytes == self.wire_bytes(role, shape) else "length"
+
+    def _is_hosted(self, slot: SlotId) -> bool:
+        plan = self.plan
+        exists = 0 <= slot.stage < plan.num_stages and 0 <= slot.slot < plan.num_slots
+        return exists and plan.host(slot) == self.peer
+
+    def _boundary(self, frame: Frame) -> Refusal | None:
+        forward = frame.kind == "activation"
+        stage, slot = frame.target
+        source = SlotId(stage - 1 if forward else stage + 1, slot)
+        if frame.source != source or not 0 <= source.stage < self.plan.num_stages:
+            return "slot"
+        count = self.num_evaluation_microbatches if frame.evaluate else self.num_microbatches
+        if not forward and frame.evaluate:
+            return "part"
+        if frame.microbatch >= count or frame.microbatch % self.plan.num_slots != slot:
+            return "microbatch"
+        return None if (frame.group, frame.part) == (0, 0) else "part"
+
+    def _reduction(self, frame: Frame) -> tuple[Refusal | None, tuple[int, ...]]:
+        group = self.groups.get(frame.group)
+        if group is None or frame.evaluate or frame.part >= group.num_parts:
+            return "part", ()
+        if frame.microbatch != 0:
+            return "microbatch", ()
+        owner = group.owner(frame.part)
+        start, stop = group.shard(frame.part)
+        if frame.kind == "gradient":
+            fits = frame.target == owner and frame.source in group.members
+        else:
+            fits = frame.source == owner and frame.target == group.receiver(self.plan, self.peer)
+        return None if fits else "slot", (stop - start,)

@@ -1,0 +1,180 @@
+"""The blob store: whole or absent, checked, bounded."""
+
+import hashlib
+import os
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+
+from swarmnode.domain import BlobRef
+from swarmnode.errors import ChunkError, SwarmError
+from swarmnode.p2p.blob_store import BlobStore, Range, blob_path
+from swarmnode.wire import MAX_BLOB_BYTES
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "blobs")
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 4096])
+def test_what_is_put_is_read_back_and_survives_a_restart(
+    tmp_path: Path, durable: bool, data: bytes
+) -> None:
+    store = BlobStore(tmp_path, durable=durable)
+    ref = store.put(bytearray(data))
+    assert ref == BlobRef(hashlib.sha256(data).hexdigest(), len(data))
+    assert store.put(memoryview(data)) == ref
+    again = BlobStore(tmp_path)
+    assert again.has(ref)
+    assert again.read(ref) == data
+    assert again.path(ref).read_bytes() == data
+    assert again.path(ref) == blob_path(tmp_path, ref)
+    again.remove(ref)
+    assert not again.has(ref)
+    again.remove(ref)
+
+
+def test_a_blob_that_is_absent_or_of_another_size_is_not_here(store: BlobStore) -> None:
+    ref = store.put(b"data")
+    for other in (BlobRef("0" * 64, 4), BlobRef(ref.sha256, 3), BlobRef(ref.sha256, 5)):
+        assert not store.has(other)
+    with pytest.raises(ChunkError, match="not here"):
+        store.read(BlobRef("0" * 64, 4))
+    with pytest.raises(ChunkError, match="not here"):
+        store.path(BlobRef("0" * 64, 4))
+
+
+@pytest.mark.parametrize("damage", [b"daTa", b"dat", b"", b"data and more"])
+def test_a_corrupt_blob_is_removed_so_that_it_is_fetched_again(
+    store: BlobStore, damage: bytes
+) -> None:
+    ref = store.put(b"data")
+    store.path(ref).write_bytes(damage)
+    with pytest.raises(ChunkError, match="corrupt on disk and is removed"):
+        store.read(ref)
+    assert not store.has(ref)
+    store.put(b"data")
+    assert store.read(ref) == b"data"
+
+
+def test_putting_again_repairs_a_corrupt_blob(store: BlobStore) -> None:
+    ref = store.put(b"data")
+    store.path(ref).write_bytes(b"XXXX")
+    store.put(b"data")
+    assert store.read(ref) == b"data"
+
+
+def test_a_blob_over_the_limit_is_refused(store: BlobStore) -> None:
+    store.put(bytes(MAX_BLOB_BYTES))
+    with pytest.raises(SwarmError, match="at most"):
+        store.put(bytes(MAX_BLOB_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    "ref", [BlobRef("../x", 1), BlobRef("A" * 64, 1), BlobRef("0" * 64, -1), BlobRef("", 0),
+            BlobRef("0" * 64 + "\n", 1), BlobRef("0" * 64, MAX_BLOB_BYTES + 1)],
+)  # fmt: skip
+def test_only_a_hash_names_a_blob(store: BlobStore, ref: BlobRef) -> None:
+    for act in (store.read, store.path, store.has, store.remove):
+        with pytest.raises(ChunkError, match="names no blob"):
+            act(ref)
+
+
+def test_what_was_half_written_is_gone_at_the_next_start(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    (store.scratch / "leftover").write_bytes(b"half")
+    ref = store.put(b"whole")
+    again = BlobStore(tmp_path)
+    assert list(again.scratch.iterdir()) == []
+    assert again.read(ref) == b"whole"
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(store: BlobStore) -> None:
+    data = os.urandom(200_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SwarmError, match=r"cannot store 200000 bytes .* free some space"):
+            store.put(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path for path in store.root.rglob("*") if path.is_file()] == []
+    assert store.read(store.put(data)) == data
+
+
+def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SwarmError, match="cannot be used"):
+        BlobStore(tmp_path / "file")
+
+
+def test_threads_may_put_the_same_blob_at_once(store: BlobStore) -> None:
+    data = os.urandom(100_000)
+    start = threading.Barrier(4)
+
+    def put() -> None:
+        start.wait()
+        for _ in range(20):
+            store.put(data)
+
+    threads = [threading.Thread(target=put) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.read(store.put(data)) == data
+    assert list(store.scratch.iterdir()) == []
+
+
+# ---- ranges of files that belong to others ------------------------------------------------------
+
+
+def pieces(source: Path, size: int) -> list[Range]:
+    data = source.read_bytes()
+    return [
+        Range(BlobRef(hashlib.sha256(piece).hexdigest(), len(piece)), source, offset)
+        for offset in range(0, len(data), size)
+        for piece in (data[offset : offset + size],)
+    ]
+
+
+def test_ranges_of_a_file_are_blobs_without_a_copy(tmp_path: Path, store: BlobStore) -> None:
+    data = os.urandom(2500)
+    source = tmp_path / "weights"
+    source.write_bytes(data)
+    ranges = pieces(source, 1000)
+    store.add_ranges(ranges)
+    refs = [piece.ref for piece in ranges]
+    assert [ref.num_bytes for ref in refs] == [1000, 1000, 500]
+    assert all(store.has(ref) for ref in refs)
+    assert b"".join(store.read(ref) for ref in refs) == data
+    assert not any(blob_path(store.root, ref).exists() for ref in refs)
+    assert store.path(refs[1]).read_bytes() == data[1000:2000]
+
+
+def test_a_source_that_changes_loses_its_blobs(tmp_path: Path, store: BlobStore) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(b"a" * 1000 + b"b" * 1000)
+    first, second = pieces(source, 1000)
+    store.add_ranges([first, second])
+    source.write_bytes(b"a" * 1000 + b"c" * 1000)
+    with pytest.raises(ChunkError, match="corrupt"):
+        store.read(second.ref)
+    assert not store.has(second.ref)
+    assert store.read(first.ref) == b"a" * 1000
+    source.unlink()
+    assert not store.has(first.ref)
+
+
+def test_dropped_ranges_are_gone_and_their_file_stays(tmp_path: Path, store: BlobStore) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(os.urandom(2000))
+    ranges = pieces(source, 1000)
+    store.add_ranges(ranges)
+    store.drop_ranges(source)
+    assert not any(store.has(piece.ref) for piece in ranges)
+    assert source.stat().st_size == 2000

@@ -1,0 +1,99 @@
+"""Training with engines: equal to a plain loop, and bit-equal wherever the slots are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_swarm import LLAMA, PLACEMENTS, TIED, Swarm, make_manifest, plain_run
+
+from swarmnode.manifest import CodecConfig
+
+
+@pytest.mark.parametrize("config", [LLAMA, TIED], ids=["untied", "tied"])
+def test_every_placement_equals_a_plain_loop_and_each_other_bit_for_bit(
+    config: dict[str, object], tmp_path: Path
+) -> None:
+    manifest = make_manifest(tmp_path, config)
+    plain_losses, plain_weights = plain_run(manifest, tmp_path)
+    hashes = {}
+    for name, slots in PLACEMENTS.items():
+        swarm = Swarm(manifest, slots, tmp_path, shuffle=len(hashes))
+        swarm.configure()
+        steps = [swarm.step(step) for step in range(10)]
+        assert [s.loss for s in steps] == pytest.approx(plain_losses, abs=1e-5)
+        assert all(s.norm > 0.5 for s in steps[:5]), "clipping must be active"
+        weights = swarm.weights()
+        assert set(plain_weights) <= set(weights)
+        for key, value in plain_weights.items():
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-5)
+        hashes[name] = [s.hashes for s in steps]
+        assert swarm.dropped() == {}
+        assert (swarm.num_frames == 0) == (name == "one")
+        if config is TIED:
+            assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert hashes["four"] == hashes["one"] == hashes["three"]
+    assert steps[-1].loss < steps[0].loss - 0.3
+
+
+def test_three_stages_with_codecs_are_bit_equal_on_every_placement(tmp_path: Path) -> None:
+    codecs = CodecConfig(activation="int8", activation_gradient="int8", gradient="int8")
+    manifest = make_manifest(tmp_path, TIED, codecs=codecs, stages=3, slots=2)
+    layers = ((0, 1), (1, 3), (3, 4))
+    results = []
+    for slots in ([["a", "b"], ["c", "d"], ["e", "f"]], [["a", "b"], ["b", "a"], ["a", "a"]]):
+        swarm = Swarm(manifest, slots, tmp_path, layers, shuffle=len(results))
+        swarm.configure()
+        results.append([(s.losses, s.hashes) for s in map(swarm.step, range(4))])
+    assert results[0] == results[1]
+
+
+def test_bfloat16_trains_and_keeps_weights_in_float32(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path, compute="bfloat16", steps=12)
+    swarm = Swarm(manifest, PLACEMENTS["three"], tmp_path)
+    swarm.configure()
+    losses = [swarm.step(step).loss for step in range(12)]
+    assert losses[-1] < losses[0] - 0.3
+    assert {p.dtype for p in swarm.weights().values()} == {torch.float32}
+
+
+def test_int8_runs_converge_like_uncoded_ones(tmp_path: Path) -> None:
+    final = {}
+    for codec in ("none", "int8"):
+        codecs = CodecConfig(activation=codec, activation_gradient=codec, gradient=codec)
+        manifest = make_manifest(tmp_path, codecs=codecs, steps=40)
+        swarm = Swarm(manifest, PLACEMENTS["three"], tmp_path)
+        swarm.configure()
+        losses = [swarm.step(step).loss for step in range(40)]
+        assert losses[-1] < losses[0] - 1.0
+        final[codec] = sum(losses[-5:]) / 5
+    assert final["int8"] == pytest.approx(final["none"], abs=0.1)
+    assert final["int8"] != final["none"], "the codec must have been in use"
+
+
+def test_one_stage_and_one_slot_work_too(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path, TIED, stages=1, slots=1, num_microbatches=3)
+    plain_losses, _ = plain_run(manifest, tmp_path)
+    swarm = Swarm(manifest, [["a"]], tmp_path, layers=((0, 4),))
+    swarm.configure()
+    assert [swarm.step(s).loss for s in range(10)] == pytest.approx(plain_losses, abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_cuda_is_bit_equal_on_every_placement_and_near_the_cpu(
+    compute: str, tmp_path: Path
+) -> None:
+    manifest = make_manifest(tmp_path, TIED, compute=compute)
+    results = {}
+    for device, name in (("cpu", "one"), ("cuda", "one"), ("cuda", "three")):
+        swarm = Swarm(manifest, PLACEMENTS[name], tmp_path, device=device)
+        swarm.configure()
+        results[device, name] = [swarm.step(step) for step in range(5)]
+    torch.use_deterministic_algorithms(False)
+    one, three = results["cuda", "one"], results["cuda", "three"]
+    assert [s.hashes for s in one] == [s.hashes for s in three]
+    tolerance = 1e-4 if compute == "float32" else 0.05
+    assert [s.loss for s in one] == pytest.approx(
+        [s.loss for s in results["cpu", "one"]], abs=tolerance
+    )
