@@ -38,6 +38,8 @@ class LocalNode:
         self._process: subprocess.Popen[bytes] | None = None
         self._client: NodeClient | None = None
         self.was_killed = False
+        self.has_failed = False
+        """Whether it ended although nobody asked."""
 
     @property
     def mark(self) -> str:
@@ -82,6 +84,7 @@ class LocalNode:
         """Raises: ChildError, with the end of its log, if it has ended although nobody asked."""
         status = None if self._process is None else self._process.poll()
         if status is not None and not self.was_killed:
+            self.has_failed = True
             raise ChildError(f"node {self.index} ended with status {status}: {self.last_words()}")
 
     def last_words(self) -> str:
@@ -107,7 +110,7 @@ class LocalNode:
             for process in processes:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(processes, timeout=1.0)
+            time.sleep(_LOOK_S)
         self.forget()
 
     def ask_to_stop(self) -> None:

@@ -137,6 +137,9 @@ class Ledger:
 
     def _on_peers(self, peers: Sequence[Advert], now_s: float) -> list[Effect]:
         self._alive = {advert.peer: advert for advert in peers}
+        for peer, (until_s, _) in self._barred.items():
+            if now_s < until_s and peer in self._alive:  # an advert from before the loss, late
+                self._barred[peer] = (until_s, self._alive[peer].expires_at_s)
         if self.phase == "waiting":
             return self._place(now_s)
         if self.phase in ("training", "serving"):

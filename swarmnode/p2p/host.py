@@ -8,8 +8,10 @@ import socket
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from typing import Any
 
+import psutil
 import trio
 from libp2p import new_host
 from libp2p.exceptions import BaseLibp2pError
@@ -86,9 +88,10 @@ class Host:
 
     def addresses(self, announce: Sequence[str]) -> tuple[str, ...]:
         """Return `announce`, or else where we listen, with our peer id at the end."""
-        bare = [Multiaddr(text) for text in announce] or self._host.get_transport_addrs()
+        listening = (str(address) for address in self._host.get_transport_addrs())
+        bare = announce or [each for address in listening for each in _each_interface(address)]
         suffix = f"/p2p/{self.peer}"
-        return tuple(str(address).removesuffix(suffix) + suffix for address in bare)
+        return tuple(address.removesuffix(suffix) + suffix for address in bare)
 
     def serve(self, protocol: str, on_stream: OnStream) -> None:
         """Give the incoming streams of `protocol` to `on_stream`."""
@@ -189,6 +192,22 @@ class Host:
                 raise RefusedError(peer, f"does not serve {protocol}") from error
             raise
         return stream  # type: ignore[no-any-return]
+
+
+def _each_interface(address: str) -> list[str]:
+    """Return `address`, with the addresses of this machine in place of a wildcard."""
+    for prefix, family in (("/ip4/0.0.0.0/", socket.AF_INET), ("/ip6/::/", socket.AF_INET6)):
+        if address.startswith(prefix):
+            kind, rest = prefix.split("/")[1], address.removeprefix(prefix)
+            hosts = [
+                entry.address
+                for entries in psutil.net_if_addrs().values()
+                for entry in entries
+                if entry.family == family and "%" not in entry.address  # link-local has a scope
+            ]
+            routable = [host for host in hosts if not ip_address(host).is_loopback]
+            return [f"/{kind}/{host}/{rest}" for host in routable or hosts]
+    return [address]
 
 
 def _check_port_is_free(address: Multiaddr) -> None:

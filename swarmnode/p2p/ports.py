@@ -22,13 +22,15 @@ class Stream(Protocol):
     async def send(self, *parts: Buffer) -> None:
         """Send the concatenation of `parts` as one message; return when the transport took it.
 
-        Waits while the peer does not read (back-pressure).
+        Waits while the peer does not read (back-pressure). If it is cancelled, the message is
+        withdrawn, or, where it has left in part, the stream is reset: never a torn message.
         Raises: PeerLostError if the stream is broken, FrameTooLargeError if it is over the limit.
         """
 
     async def receive(self) -> bytes | bytearray:
-        """Return the next message.
+        """Return the next message. Cancelling it loses nothing.
 
+        What arrived whole before a break is still returned.
         Raises: EndOfStream at a clean end, PeerLostError on a break, FrameTooLargeError (and
         the stream is reset) if the announced size is over the limit, before any allocation.
         """
@@ -59,9 +61,11 @@ class Transport(Protocol):
         """Where others reach us: multiaddrs that end in /p2p/<peer>."""
 
     def serve(self, protocol: str, handler: Handler, *, max_message_bytes: int) -> None:
-        """Run `handler` for each incoming stream of `protocol`; reset the stream when it returns.
+        """Run `handler` for each incoming stream of `protocol`.
 
-        An exception in a handler resets its stream and is logged; it never ends the transport.
+        When it returns, the stream closes: the peer still receives what was sent, then
+        EndOfStream. An exception in a handler resets its stream and is logged; it never ends the
+        transport.
         """
 
     async def open(

@@ -5,28 +5,21 @@ import contextlib
 import logging
 import random
 import secrets
-import socket
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
 import async_solipsism
 import pytest
-from conftest import LOOPBACK, MAX_MESSAGE_BYTES, World, libp2p_world, memory_world
+from conftest import MAX_MESSAGE_BYTES, World, echo, libp2p_world, memory_world
 
 from swarmnode.domain import PeerId
 from swarmnode.errors import FrameTooLargeError, PeerLostError, RefusedError
 from swarmnode.p2p import framing
 from swarmnode.p2p.ports import EndOfStream, Stream
-from swarmnode.p2p.streams import Libp2pTransport
 
 EnterWorld = Callable[[], AbstractAsyncContextManager[World]]
 MEBIBYTE = 1 << 20
-
-
-async def echo(stream: Stream) -> None:
-    while True:
-        await stream.send(await stream.receive())
 
 
 async def send_until_blocked(stream: Stream, sent: list[bytes]) -> None:
@@ -371,62 +364,3 @@ async def test_an_unknown_peer_is_unreachable(enter_world: EnterWorld) -> None:
         for addresses in [(), (f"/ip4/127.0.0.1/tcp/1/p2p/{stranger}",), ("nonsense",)]:
             with pytest.raises(PeerLostError):
                 await world.here.open(stranger, addresses, "/x/1", max_message_bytes=1)
-
-
-async def test_libp2p_another_peer_at_the_address_is_not_the_peer() -> None:
-    stranger = PeerId("12D3KooWLbVXKXTSzkRsQ9Bu1LLbn4iWQ7RY4XoyEzf2aXgzmzAo")
-    async with libp2p_world() as world:
-        bare = [address.rpartition("/p2p/")[0] for address in world.there.addresses]
-        with pytest.raises(PeerLostError, match="does not correspond"):
-            await world.here.open(stranger, bare, "/pair/1", max_message_bytes=1)
-        ours, _ = await world.pair()  # the right peer is still welcome
-        assert ours.peer == world.there.peer
-
-
-async def test_libp2p_a_silent_address_is_lost_in_time_and_a_good_one_wins() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent_address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
-        async with (
-            libp2p_world() as world,
-            Libp2pTransport.start(b"c" * 32, LOOPBACK, open_timeout_s=0.5) as impatient,
-        ):
-            started_s = time.monotonic()
-            with pytest.raises(PeerLostError, match="within"):
-                await impatient.open(
-                    world.there.peer, [silent_address], "/pair/1", max_message_bytes=1
-                )
-            assert 0.4 < time.monotonic() - started_s < 2.0
-            world.there.serve("/echo/1", echo, max_message_bytes=10)
-            addresses = [silent_address, *world.there.addresses]
-            stream = await world.here.open(
-                world.there.peer, addresses, "/echo/1", max_message_bytes=10
-            )
-            await stream.send(b"x")
-            assert await stream.receive() == b"x"
-
-
-async def test_libp2p_announces_what_it_is_told() -> None:
-    async with Libp2pTransport.start(b"a" * 32, LOOPBACK, ["/ip4/9.9.9.9/tcp/4001"]) as transport:
-        assert transport.addresses == (f"/ip4/9.9.9.9/tcp/4001/p2p/{transport.peer}",)
-
-
-async def test_libp2p_a_taken_port_is_an_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        listen = [f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"]
-        with pytest.raises(OSError, match="cannot listen"):
-            async with Libp2pTransport.start(b"a" * 32, listen):
-                pytest.fail("must not start")
-
-
-async def test_libp2p_stopping_is_quick_and_breaks_its_streams() -> None:
-    async with Libp2pTransport.start(b"a" * 32, LOOPBACK) as here:
-        async with Libp2pTransport.start(b"b" * 32, LOOPBACK) as there:
-            there.serve("/echo/1", echo, max_message_bytes=10)
-            far = await here.open(there.peer, there.addresses, "/echo/1", max_message_bytes=10)
-            started_s = time.monotonic()
-        assert time.monotonic() - started_s < 2.0
-        async with asyncio.timeout(2.0):
-            with pytest.raises(PeerLostError):
-                await far.receive()
-    with pytest.raises(PeerLostError):
-        await far.send(b"x")

@@ -107,7 +107,7 @@ def make_manifest(
         batch=BatchConfig(rows=2, sequence_length=16, num_microbatches=num_microbatches),
         codecs=codecs or CodecConfig(activation="none", activation_gradient="none"),
         placement=PlacementConfig(stages=stages, slots=slots),
-        run=RunConfig(steps=steps, seed=5, evaluate_microbatches=5, **run),
+        run=RunConfig(**{"steps": steps, "seed": 5, "evaluate_microbatches": 5, **run}),
         model=ModelContent(config=dict(config)),
         data=DataContent(
             train=write_tokens(blobs, stream[:5000]),
@@ -136,7 +136,10 @@ class Step:
 
 @dataclass
 class Swarm:
-    """Engines by peer, and a coordinator's view of them. `shuffle` picks who computes when."""
+    """Engines by peer, and a coordinator's view of them.
+
+    `shuffle` seeds who computes when and whose messages are slow; 0 delivers at once.
+    """
 
     manifest: Manifest
     slots: Sequence[Sequence[str]]
@@ -148,6 +151,8 @@ class Swarm:
     num_frames: int = 0
     generation: int = 0
     device: str = "cpu"
+    without_data: frozenset[str] = frozenset()
+    """Peers whose blob directory is empty."""
     echo: bool = False
     """Whether every frame arrives twice."""
 
@@ -174,8 +179,9 @@ class Swarm:
         assert len(answers) == len(self.plan.workers()), self.received
 
     def configuration(self, peer: PeerId, step: int, sources: Any) -> Configure:
+        blobs = self.blobs / "empty" if peer in self.without_data else self.blobs
         return Configure(
-            self.manifest.job, peer, self.plan, step, sources, str(self.blobs), 1, self.device
+            self.manifest.job, peer, self.plan, step, sources, str(blobs), 1, self.device
         )  # fmt: skip
 
     def tell(self, peer: PeerId, message: Message, payload: bytes = b"") -> None:
@@ -194,8 +200,8 @@ class Swarm:
         """Let everybody compute, in random turns, until all wait (or for so many units)."""
         units = 0
         while units < max_units:
-            while self.network:
-                sender, data = self.network.popleft()
+            while self.network and (not self.shuffle or self.random.random() < 0.7):
+                sender, data = self._next_message()
                 self._deliver(sender, *unpack(data))
             peers = sorted(self.engines)
             self.random.shuffle(peers)
@@ -215,7 +221,8 @@ class Swarm:
         self.pump()
         return self.commit(step)
 
-    def commit(self, step: int) -> Step:
+    def commit(self, step: int, *, eager: bool = False) -> Step:
+        """Commit what all are ready for; if `eager`, one begins the next before others hear it."""
         readies = self.take(Ready)
         plan = self.plan
         expected = {SlotId(s, v) for s in range(plan.num_stages) for v in range(plan.num_slots)}
@@ -227,8 +234,11 @@ class Swarm:
         norm = math.sqrt(sum(squares.values()))
         clip = self.manifest.optimizer.clip_norm
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-        for peer in plan.workers():
+        for number, peer in enumerate(plan.workers()):
             self.tell(peer, Commit(self.manifest.job, Generation(self.generation), step, scale))
+            if number == 0 and eager:
+                self.begin_only([peer], step + 1)
+                self.pump()
         self.pump()
         applied = self.take(Applied)
         hashes = {a.stage: a.state_hash for a in applied}
@@ -255,6 +265,16 @@ class Swarm:
 
     def dropped(self) -> dict[str, int]:
         return dict(sum((engine.dropped for engine in self.engines.values()), Counter()))
+
+    def _next_message(self) -> tuple[PeerId, bytes]:
+        """The oldest message, or with `shuffle` the oldest of some sender: roads differ."""
+        index = 0
+        if self.shuffle:
+            chosen = self.random.choice([sender for sender, _ in self.network])
+            index = next(i for i, (sender, _) in enumerate(self.network) if sender == chosen)
+        item = self.network[index]
+        del self.network[index]
+        return item
 
     def _sender(self, peer: PeerId) -> Any:
         def send(message: Message, payload: Any) -> None:

@@ -16,6 +16,7 @@ from swarmnode.wire import (
     Applied,
     Commit,
     Configured,
+    Evaluated,
     Export,
     Exported,
     Failed,
@@ -133,6 +134,42 @@ def test_frames_may_come_before_their_begin(
     swarm.pump()
     steps.append(swarm.commit(1))
     assert results(steps) == undisturbed[:2]
+
+
+def test_a_node_may_begin_the_next_step_before_another_has_committed(
+    manifest: Manifest, undisturbed: Results, blobs: Path
+) -> None:
+    swarm = Swarm(manifest, PLACEMENTS["four"], blobs)
+    swarm.configure()
+    swarm.begin(0)
+    swarm.pump()
+    steps = [swarm.commit(0, eager=True)]
+    swarm.begin_only(["b", "c", "d"], 1)
+    swarm.pump()
+    steps.append(swarm.commit(1))
+    assert results(steps) == undisturbed[:2]
+    assert swarm.dropped() == {}
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_no_timing_changes_a_bit(
+    manifest: Manifest, undisturbed: Results, blobs: Path, seed: int
+) -> None:
+    swarm = Swarm(manifest, [["a", "b"], ["c", "a"]], blobs, shuffle=seed)
+    swarm.configure()
+    steps = [swarm.step(0), swarm.step(1)]
+    swarm.evaluate(2)
+    assert results([*steps, swarm.step(2)]) == undisturbed[:3]
+
+
+def test_an_evaluation_with_less_data_than_slots_leaves_some_empty(blobs: Path) -> None:
+    manifest = make_manifest(blobs, TIED, evaluate_microbatches=1)
+    swarm = Swarm(manifest, PLACEMENTS["four"], blobs)
+    swarm.configure()
+    swarm.begin(0, evaluate=True)
+    swarm.pump()
+    answers = {e.source: len(e.losses) for e in swarm.take(Evaluated)}
+    assert answers == {SlotId(1, 0): 1, SlotId(1, 1): 0}
 
 
 def test_keep_of_another_step_fails_and_the_stage_survives(manifest: Manifest, blobs: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from engine_swarm import LLAMA, PLACEMENTS, TIED, Swarm, make_manifest, plain_run
 
 from swarmnode.manifest import CodecConfig
+from swarmnode.worker.training import groups
 
 
 @pytest.mark.parametrize("config", [LLAMA, TIED], ids=["untied", "tied"])
@@ -47,6 +48,19 @@ def test_three_stages_with_codecs_are_bit_equal_on_every_placement(tmp_path: Pat
     assert results[0] == results[1]
 
 
+def test_a_node_between_the_ends_needs_no_data(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path, stages=3, slots=1)
+    layers, held_out = ((0, 1), (1, 3), (3, 4)), []
+    for slots in ([["a"], ["b"], ["c"]], [["a"], ["a"], ["a"]]):
+        swarm = Swarm(manifest, slots, tmp_path, layers, without_data=frozenset("b"))
+        swarm.configure()
+        held_out.append([swarm.evaluate(0), swarm.evaluate(0)])
+        held_out[-1].append([swarm.step(0).loss, *swarm.evaluate(1)])
+        assert swarm.dropped() == {}
+    assert held_out[0] == held_out[1]
+    assert [len(losses) for losses in held_out[0]] == [5, 5, 6]
+
+
 def test_bfloat16_trains_and_keeps_weights_in_float32(tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path, compute="bfloat16", steps=12)
     swarm = Swarm(manifest, PLACEMENTS["three"], tmp_path)
@@ -68,6 +82,20 @@ def test_int8_runs_converge_like_uncoded_ones(tmp_path: Path) -> None:
         final[codec] = sum(losses[-5:]) / 5
     assert final["int8"] == pytest.approx(final["none"], abs=0.1)
     assert final["int8"] != final["none"], "the codec must have been in use"
+
+
+def test_large_gradients_travel_in_more_shards_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_manifest(tmp_path, TIED)
+    found = []
+    for most in (groups.MAX_SHARD_VALUES, 500):
+        monkeypatch.setattr(groups, "MAX_SHARD_VALUES", most)
+        swarm = Swarm(manifest, PLACEMENTS["three"], tmp_path)
+        swarm.configure()
+        found.append(([swarm.step(step).hashes for step in range(2)], swarm.num_frames))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] > 2 * found[0][1]
 
 
 def test_one_stage_and_one_slot_work_too(tmp_path: Path) -> None:

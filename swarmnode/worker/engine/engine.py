@@ -22,11 +22,13 @@ from swarmnode.wire import (
     Commit,
     Configure,
     Configured,
+    Evaluated,
     Export,
     Exported,
     Failed,
     Frame,
     Message,
+    Ready,
     SessionClose,
     SessionFrame,
 )
@@ -140,7 +142,7 @@ class Engine:
         self._setup = make_setup(configure, manifest, self._held)
         self._conversations = Conversations(self._setup, self._send)
         if self._setup.trains:
-            self._steps = Steps(self._setup, configure.step, self._send, self.dropped)
+            self._steps = Steps(self._setup, configure.step, self._send_result, self.dropped)
         answer = Configured(configure.job, configure.plan.generation, configure.step)
         self._send(answer, b"")
         return True
@@ -197,12 +199,18 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _send_result(self, message: Message, payload: Payload) -> None:
+        """Send what a step gives; reports go behind the time that they cost."""
+        if isinstance(message, Ready | Evaluated):
+            self._report_busy(0.0)
+        self._send(message, payload)
+
     def _count(self, started_s: float) -> None:
         self._compute_s += time.perf_counter() - started_s
         self._report_busy(1.0)
 
     def _report_busy(self, at_least_s: float) -> None:
-        if self._compute_s >= at_least_s and self._job is not None:
+        if self._compute_s > at_least_s and self._job is not None:
             self._send(Busy(self._job, self._compute_s), b"")
             self._compute_s = 0.0
 

@@ -39,7 +39,7 @@ class Setup:
     stage_groups: dict[int, StageGroups]
     codecs: dict[Role, Codec]
     batches: Batches | None
-    """Absent where nothing trains."""
+    """Absent where nothing trains, and on nodes between the first and the last stage."""
     expected: ExpectedFrames
     accumulators: dict[SlotId, dict[int, FlatGradient]]
     """Per slot and group: the slot's own gradient of the step at hand."""
@@ -133,7 +133,8 @@ def make_setup(configure: Configure, manifest: Manifest, stages: dict[int, Stage
     }
     by_stage = {s: _groups_of(state, s, plan) for s, state in stages.items() if trains}
     groups: dict[int, Group] = {g.index: g for found in by_stage.values() for g, _ in found.groups}
-    batches = Batches(manifest, Path(configure.blob_directory)) if trains else None
+    reads_data = trains and any(slot.stage in (0, plan.num_stages - 1) for slot in hosted)
+    batches = Batches(manifest, Path(configure.blob_directory)) if reads_data else None
     batch, module = manifest.batch, next(iter(stages.values())).module
     if trains and batch.sequence_length > module.max_positions:
         raise DataError(
@@ -145,7 +146,9 @@ def make_setup(configure: Configure, manifest: Manifest, stages: dict[int, Stage
         peer=peer,
         hidden_shape=(batch.rows, batch.sequence_length, module.hidden_size),
         num_microbatches=batch.num_microbatches if trains else 0,
-        num_evaluation_microbatches=batches.num_evaluation_microbatches if batches else 0,
+        num_evaluation_microbatches=(
+            batches.num_evaluation_microbatches if batches else manifest.run.evaluate_microbatches
+        ),
         groups=groups,
         wire_bytes=lambda role, shape: codecs[role].wire_bytes(shape),
     )
@@ -192,4 +195,5 @@ def set_determinism(device: str, *, trains: bool) -> None:
     is_strict = trains and device.startswith("cuda")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(is_strict)
-    deterministic.fill_uninitialized_memory = False  # costs time, we read none
+    # Filling costs time, and we read nothing that was not written.
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

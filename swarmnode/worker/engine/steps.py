@@ -43,6 +43,9 @@ class Steps:
             self._dropped["begin"] += 1
             return
         run = self._run(begin.step, begin.evaluate)
+        if run.pipeline is not None and begin.evaluate and self._setup.batches is None:
+            # Without the data we cannot tell that the evaluation before this one has ended.
+            run = self._runs[begin.step, True] = _Run()
         if run.pipeline is not None:
             self._dropped["begin"] += 1
             return

@@ -39,6 +39,7 @@ class ExpectedFrames:
     """Rows, positions, width of a boundary activation."""
     num_microbatches: int
     num_evaluation_microbatches: int
+    """As many as there are, or on a node without the data the most that there can be."""
     groups: Mapping[int, Group]
     """The reduction groups that the peer's slots are in, by index; empty where nothing trains."""
     wire_bytes: Callable[[Role, Sequence[int]], int]

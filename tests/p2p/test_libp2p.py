@@ -1,0 +1,84 @@
+"""What only the libp2p transport can be asked: addresses, ports, who answers, how it stops."""
+
+import asyncio
+import socket
+import time
+
+import pytest
+from conftest import LOOPBACK, echo, libp2p_world
+
+from swarmnode.domain import PeerId
+from swarmnode.errors import PeerLostError
+from swarmnode.p2p.streams import Libp2pTransport
+
+
+async def test_another_peer_at_the_address_is_not_the_peer() -> None:
+    stranger = PeerId("12D3KooWLbVXKXTSzkRsQ9Bu1LLbn4iWQ7RY4XoyEzf2aXgzmzAo")
+    async with libp2p_world() as world:
+        bare = [address.rpartition("/p2p/")[0] for address in world.there.addresses]
+        with pytest.raises(PeerLostError, match="does not correspond"):
+            await world.here.open(stranger, bare, "/pair/1", max_message_bytes=1)
+        ours, _ = await world.pair()  # the right peer is still welcome
+        assert ours.peer == world.there.peer
+
+
+async def test_a_silent_address_is_lost_in_time_and_a_good_one_wins() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
+        async with (
+            libp2p_world() as world,
+            Libp2pTransport.start(b"c" * 32, LOOPBACK, open_timeout_s=0.5) as impatient,
+        ):
+            started_s = time.monotonic()
+            with pytest.raises(PeerLostError, match="within"):
+                await impatient.open(
+                    world.there.peer, [silent_address], "/pair/1", max_message_bytes=1
+                )
+            assert 0.4 < time.monotonic() - started_s < 2.0
+            world.there.serve("/echo/1", echo, max_message_bytes=10)
+            addresses = [silent_address, *world.there.addresses]
+            stream = await world.here.open(
+                world.there.peer, addresses, "/echo/1", max_message_bytes=10
+            )
+            await stream.send(b"x")
+            assert await stream.receive() == b"x"
+
+
+async def test_announces_what_it_is_told() -> None:
+    async with Libp2pTransport.start(b"a" * 32, LOOPBACK, ["/ip4/9.9.9.9/tcp/4001"]) as transport:
+        assert transport.addresses == (f"/ip4/9.9.9.9/tcp/4001/p2p/{transport.peer}",)
+
+
+async def test_a_wildcard_becomes_addresses_that_can_be_dialled() -> None:
+    async with (
+        Libp2pTransport.start(b"a" * 32, LOOPBACK) as here,
+        Libp2pTransport.start(b"b" * 32, ["/ip4/0.0.0.0/tcp/0"]) as there,
+    ):
+        assert there.addresses
+        assert not any("0.0.0.0" in address for address in there.addresses)
+        there.serve("/echo/1", echo, max_message_bytes=10)
+        stream = await here.open(there.peer, there.addresses, "/echo/1", max_message_bytes=10)
+        await stream.send(b"x")
+        assert await stream.receive() == b"x"
+
+
+async def test_a_taken_port_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = [f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"]
+        with pytest.raises(OSError, match="cannot listen"):
+            async with Libp2pTransport.start(b"a" * 32, listen):
+                pytest.fail("must not start")
+
+
+async def test_stopping_is_quick_and_breaks_its_streams() -> None:
+    async with Libp2pTransport.start(b"a" * 32, LOOPBACK) as here:
+        async with Libp2pTransport.start(b"b" * 32, LOOPBACK) as there:
+            there.serve("/echo/1", echo, max_message_bytes=10)
+            far = await here.open(there.peer, there.addresses, "/echo/1", max_message_bytes=10)
+            started_s = time.monotonic()
+        assert time.monotonic() - started_s < 2.0
+        async with asyncio.timeout(2.0):
+            with pytest.raises(PeerLostError):
+                await far.receive()
+    with pytest.raises(PeerLostError):
+        await far.send(b"x")
