@@ -75,7 +75,7 @@ class NodeConfig(BaseSettings):
     @field_validator("join", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(re.split(r"[\s,]+", value.strip(" ,"))) if isinstance(value, str) else value
+        return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
     @field_validator("join")
     @classmethod

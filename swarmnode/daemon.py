@@ -2,14 +2,12 @@
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
-import secrets
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
 from swarmnode.errors import BusyError, PeerError, UserError
+from swarmnode.home import load_token, locked, write_private
 from swarmnode.http import server
 from swarmnode.node import Node, job_view
 from swarmnode.p2p import adverts
@@ -80,24 +79,6 @@ async def _cancel_when(stop: asyncio.Event, node: asyncio.Task[None]) -> None:
     node.cancel()
 
 
-@contextlib.contextmanager
-def locked(home: Path) -> Iterator[None]:
-    """Make the home and hold it alone. Raises: BusyError if another daemon does."""
-    try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (home / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"home {home} cannot be used: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BusyError(
-                f"home {home} is in use by another daemon; stop it or give another --home"
-            ) from None
-        yield
-
-
 async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
     """Start everything in order, and end it in the other order when cancelled."""
     home = config.home
@@ -106,9 +87,7 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
     device = await probe(home)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(telemetry.close_logging)
-        directory = await stack.enter_async_context(
-            Directory.start(identity, home, config.listen_host, config.directory_port, config.join)
-        )
+        directory = await stack.enter_async_context(start_directory(config, identity))
         transport = await stack.enter_async_context(start_transport(config, identity))
         group = await stack.enter_async_context(asyncio.TaskGroup())
         daemon = Daemon(config, identity, device, directory, transport, group)
@@ -119,13 +98,61 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
         await directory.wait()
 
 
-def start_transport(
-    config: NodeConfig, identity: Identity
-) -> contextlib.AbstractAsyncContextManager[Libp2pTransport]:
-    """The tensor transport. Raises: BusyError if the port is taken."""
+@contextlib.asynccontextmanager
+async def start_directory(config: NodeConfig, identity: Identity) -> AsyncIterator[Directory]:
+    """Who is here. Raises: BusyError if the port is taken, UserError if nobody can be joined."""
+    async with contextlib.AsyncExitStack() as stack:
+        announce = _announced(config)
+        try:
+            directory = await stack.enter_async_context(
+                Directory.start(
+                    identity,
+                    config.home,
+                    config.listen_host,
+                    config.directory_port,
+                    config.join,
+                    announce=announce(config.directory_port),
+                )
+            )
+        except PeerError:
+            raise UserError(
+                f"no node answers at {', '.join(config.join)}; check that the node to join runs, "
+                "that this is the address which it printed, and that its port is open"
+            ) from None
+        yield directory
+
+
+@contextlib.asynccontextmanager
+async def start_transport(config: NodeConfig, identity: Identity) -> AsyncIterator[Transport]:
+    """The transport of tensors. Raises: BusyError if the port is taken."""
     version = "ip6" if ":" in config.listen_host else "ip4"
     listen = [f"/{version}/{config.listen_host}/tcp/{config.transport_port}"]
-    return Libp2pTransport.start(identity.seed, listen)
+    announce = _announced(config)(config.transport_port)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            transport = await stack.enter_async_context(
+                Libp2pTransport.start(identity.seed, listen, announce)
+            )
+        except OSError as error:
+            raise BusyError(f"{error}; give another --transport-port or --host") from error
+        yield transport
+
+
+def _announced(config: NodeConfig) -> Callable[[int], list[str]]:
+    """The addresses that others are told, where they are not the ones listened on."""
+
+    def addresses(port: int) -> list[str]:
+        host = config.announce_host
+        if host is None:
+            return []
+        if port == 0:
+            raise UserError(
+                "announce_host needs fixed ports: give --transport-port, --directory-port"
+            )
+        version = "ip6" if ":" in host else "ip4" if host[0].isdecimal() else "dns"
+        return [f"/{version}/{host}/tcp/{port}"]
+
+    return addresses
 
 
 class Daemon:
@@ -353,24 +380,3 @@ class Daemon:
     ) -> None:
         log = self._config.home / "model-tool.log"
         await export_model(config, weights, tokenizer, directory, log)
-
-
-def load_token(path: Path) -> str:
-    """The token of the local API; a new one if there is none yet."""
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        token = ""
-    if len(token) < 32:
-        token = secrets.token_urlsafe(32)
-        write_private(path, token + "\n")
-    return token
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a small file that only its owner may read; complete or not at all."""
-    partial = path.with_suffix(".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    partial.replace(path)

@@ -20,11 +20,11 @@ from swarmnode.cli.demo_data import write_stdlib_sources
 from swarmnode.cli.display import Display
 from swarmnode.cli.local_swarm import LocalSwarm
 from swarmnode.cli.show import amount, figure, printable, short
-from swarmnode.errors import BusyError, SwarmError, UserError
+from swarmnode.errors import BusyError, DataError, SwarmError, UserError
 from swarmnode.http.api import JobView
 from swarmnode.presets import byte_llama_config
 
-DEFAULT_STEPS = 240
+DEFAULT_STEPS = 360
 NUM_NODES = 4
 STALL_S = 120.0
 """A job that does not move for so long has failed."""
@@ -129,7 +129,10 @@ class _Demo:
 
     def _data(self) -> Path:
         if self._wanted.data is not None:
-            return self._wanted.data.expanduser().absolute()
+            path = self._wanted.data.expanduser().absolute()
+            if not path.exists():  # the node would say so too, but only once there is one
+                raise DataError(f"{path}: no such file or folder; give text with --data PATH")
+            return path
         folder = self._root / "data"
         num_files = write_stdlib_sources(folder, DATA_BYTES, self._wanted.seed)
         self._display.note(f"data: {num_files} source files of Python's standard library")

@@ -35,6 +35,8 @@ class RunnerTools:
     on_changed: Callable[[Ledger], None]
     """Called after every event of a job."""
     log: Callable[..., None]
+    on_checkpoint: Callable[[], None] = lambda: None
+    """Called in a thread after a checkpoint is in the journal: older ones may go."""
 
 
 @dataclass
@@ -90,6 +92,10 @@ class JobRunner:
     async def tell(self, event: on.Event) -> None:
         await self._events.put(event)
 
+    def checkpoints(self) -> list[on.CheckpointRecord]:
+        """Every checkpoint that the journal names, the oldest first."""
+        return [r for r in self._journal.records if isinstance(r, on.CheckpointRecord)]
+
     def _report(self, event: on.Event) -> None:
         ledger = self.ledger
         self._tools.log(
@@ -115,6 +121,8 @@ class JobRunner:
         match effect:
             case on.Write(record):
                 await asyncio.to_thread(self._journal.append, record)
+                if isinstance(record, on.CheckpointRecord):
+                    await asyncio.to_thread(self._tools.on_checkpoint)
             case on.Send(peer, message):
                 self._send(peer, message)
             case on.Hangup(peer):
@@ -186,6 +194,8 @@ class JobRunner:
             await tools.blobs.fetch_all(self.ledger.job, [effect.index], providers)
             index = TensorIndex.from_json(tools.store.read(effect.index))
             await tools.blobs.fetch_all(self.ledger.job, index.chunks(), providers)
+            # A state of our own worker lies in its file, which the next export replaces.
+            await asyncio.to_thread(tools.store.own, (effect.index, *index.chunks()))
         except (SwarmError, OSError) as error:
             await self.tell(on.StateLost(effect.stage, effect.step, str(error)))
         else:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver import solve
 from swarmnode.coordinator.submission import SizesOf, prepare, unpack_folder
-from swarmnode.domain import JobId, PeerId, Plan
+from swarmnode.domain import BlobRef, JobId, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
 from swarmnode.manifest import Manifest, check, parse_job
 from swarmnode.p2p.identity import Identity
@@ -30,6 +30,7 @@ from swarmnode.p2p.states import (
 from swarmnode.tensorfiles import read_header
 from swarmnode.tokenizer import TextTokenizer, load_tokenizer
 
+NUM_KEPT_CHECKPOINTS = 2
 JOB_FILE, JOURNAL_FILE, TOKENIZER_FOLDER = "job.json", "journal", "tokenizer"
 
 
@@ -66,7 +67,7 @@ class CoordinatorService:
     ) -> None:
         self._identity = identity
         self._directory = directory
-        self._tools = tools
+        self._tools = replace(tools, on_checkpoint=self._collect)
         self._group = group
         self._sizes_of = sizes_of
         self._jobs: dict[JobId, RunningJob] = {}
@@ -163,6 +164,30 @@ class CoordinatorService:
         job = self.find(name)
         if not job.ledger.is_over:
             await job.runner.tell(on.StopAsked("stopped by its owner"))
+
+    def _collect(self) -> None:
+        """Delete the chunks of checkpoints that newer ones replaced; each job keeps the last two.
+
+        Two, because a worker may be fetching the older one while the newer is written.
+        """
+        kept: set[BlobRef] = set()
+        replaced: list[on.CheckpointRecord] = []
+        for job in self.jobs:
+            records = job.runner.checkpoints()
+            replaced += records[:-NUM_KEPT_CHECKPOINTS]
+            for record in records[-NUM_KEPT_CHECKPOINTS:]:
+                kept |= self._chunks_of(record)
+        for record in replaced:
+            for ref in self._chunks_of(record) - kept:
+                self._tools.store.remove(ref)
+
+    def _chunks_of(self, record: on.CheckpointRecord) -> set[BlobRef]:
+        """Every blob of a checkpoint that is still here, its indexes included."""
+        store, found = self._tools.store, set(record.indexes)
+        for ref in record.indexes:
+            if store.has(ref):
+                found |= set(TensorIndex.from_json(store.read(ref)).chunks())
+        return found
 
     # ---- giving weights back ---------------------------------------------------------------
 

@@ -91,6 +91,14 @@ class BlobStore:
             for sha256 in [key for key, piece in self._ranges.items() if piece.path == path]:
                 del self._ranges[sha256]
 
+    def own(self, refs: Iterable[BlobRef]) -> None:
+        """Copy every blob that is still a piece of somebody's file, so that it stays.
+
+        Raises: ChunkError if one is not here, SwarmError if the disk is full.
+        """
+        for ref in refs:
+            self.path(ref)
+
     def remove(self, ref: BlobRef) -> None:
         """Forget the blob: delete its file, or drop the reference (never the source file)."""
         self._own_path(ref).unlink(missing_ok=True)

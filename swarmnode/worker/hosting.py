@@ -108,6 +108,9 @@ class JobHost:
             self._tools.switch.leave(self.job, worker=True)
             if self._child is not None:
                 await asyncio.shield(self._child.stop(grace_s=2.0))
+            for path in self._directory.glob("*.safetensors"):
+                self._tools.store.drop_ranges(path)
+                path.unlink(missing_ok=True)
 
     # ---- from the coordinator --------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import LOOPBACK
 from libp2p import new_host
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 from multiaddr import Multiaddr
+from transport_worlds import LOOPBACK
 
 from swarmnode.errors import FrameTooLargeError, PeerLostError, ProtocolError, RefusedError
 from swarmnode.p2p import framing

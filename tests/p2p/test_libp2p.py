@@ -5,7 +5,7 @@ import socket
 import time
 
 import pytest
-from conftest import LOOPBACK, echo, libp2p_world
+from transport_worlds import LOOPBACK, echo, libp2p_world
 
 from swarmnode.domain import PeerId
 from swarmnode.errors import PeerLostError

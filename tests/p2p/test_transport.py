@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 
 import async_solipsism
 import pytest
-from conftest import MAX_MESSAGE_BYTES, World, echo, libp2p_world, memory_world
+from transport_worlds import MAX_MESSAGE_BYTES, World, echo, libp2p_world, memory_world
 
 from swarmnode.domain import PeerId
 from swarmnode.errors import FrameTooLargeError, PeerLostError, RefusedError
