@@ -299,7 +299,7 @@ class Configure:
     """Make the child ready for a generation; the payload is the canonical manifest.
 
     `sources` gives (stage, how, path): how is keep, init or load; load reads the file `path`.
-    Token files: `data` is the path of a JSON file, see worker.training.samples.
+    The token chunks of the manifest's data are in `blob_directory`.
     """
 
     job: JobId

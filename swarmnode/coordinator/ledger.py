@@ -13,11 +13,12 @@ from typing import Literal
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.cost import ModelFacts
 from swarmnode.coordinator.events import Effect, Event, Hangup, Record, Send, StoreState, Write
+from swarmnode.coordinator.pool import Pool
 from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.publications import Publications
 from swarmnode.coordinator.recovery import Gather, Holdings
 from swarmnode.coordinator.solver import solve
-from swarmnode.coordinator.votes import DisagreementError, DivergedError, Votes
+from swarmnode.coordinator.votes import DisagreementError, DivergedError, StateHashes, Votes
 from swarmnode.domain import Advert, Generation, PeerId, Plan, SlotId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
@@ -40,12 +41,8 @@ from swarmnode.wire import (
 
 LINK_GRACE_S = 2.0
 """A broken link between workers waits this long for one of its ends to be found dead."""
-STALL_S = 120.0
-"""A generation without any progress for this long is given up and begun again."""
-PLACING_STALL_S = 900.0
-"""The same while workers fetch their state."""
-COOL_DOWN_S = 5.0
-"""A lost peer is not given work for this long, whatever its advert says."""
+PATIENCE_S = {"placing": 900.0, "training": 120.0, "evaluating": 120.0}
+"""A generation without progress for this long in a phase is given up and begun again."""
 WORTH_MOVING = 0.9
 """A running job moves to a placement whose predicted step takes at most this share of today's."""
 MAX_FAILURES = 5
@@ -70,14 +67,13 @@ class Ledger:
         self.checkpoint: on.CheckpointRecord | None = None
         self.progress = Progress(manifest, now_s)
         self._signature = signature
-        self._alive: dict[PeerId, Advert] = {}
-        self._barred: dict[PeerId, tuple[float, float]] = {}
+        self._pool = Pool()
         self._holdings = Holdings(manifest.placement.stages)
         self._gather: Gather | None = None
         self._placed: set[PeerId] = set()
         self._votes = Votes()
         self._evaluated: dict[SlotId, Evaluated] = {}
-        self._hashes: dict[tuple[int, int], tuple[str, PeerId]] = {}
+        self._hashes = StateHashes()
         self._publications = Publications()
         self._failures = 0
         self._broken_link_s: float | None = None
@@ -136,10 +132,7 @@ class Ledger:
     # ---- who is here -----------------------------------------------------------------------
 
     def _on_peers(self, peers: Sequence[Advert], now_s: float) -> list[Effect]:
-        self._alive = {advert.peer: advert for advert in peers}
-        for peer, (until_s, _) in self._barred.items():
-            if now_s < until_s and peer in self._alive:  # an advert from before the loss, late
-                self._barred[peer] = (until_s, self._alive[peer].expires_at_s)
+        self._pool.see(peers, now_s)
         if self.phase == "waiting":
             return self._place(now_s)
         if self.phase in ("training", "serving"):
@@ -150,33 +143,16 @@ class Ledger:
 
     def _newcomers_help(self, now_s: float) -> bool:
         """Whether peers without work would make the step clearly faster."""
-        plan, usable = self.plan, self._usable(now_s)
-        if plan is None or not set(usable) - set(plan.workers()):
+        plan, usable = self.plan, self._pool.usable(now_s)
+        if plan is None or not {advert.peer for advert in usable} - set(plan.workers()):
             return False
         if all(len(plan.hosted_by(peer)) == 1 for peer in plan.workers()):
             return False
-        peers = tuple(usable.values())
-        decision = solve(peers, self.facts, self.manifest, previous=plan, keep=False)
+        decision = solve(usable, self.facts, self.manifest, previous=plan, keep=False)
         return decision.cost_s < WORTH_MOVING * plan.predicted_step_s
 
-    def _usable(self, now_s: float) -> dict[PeerId, Advert]:
-        """Peers that may be given work: alive, and since their last loss heard of again."""
-        never = (-math.inf, -math.inf)
-        return {
-            peer: advert
-            for peer, advert in self._alive.items()
-            if now_s >= self._barred.get(peer, never)[0]
-            and advert.expires_at_s > self._barred.get(peer, never)[1]
-        }
-
-    def _bar(self, peer: PeerId, now_s: float) -> None:
-        """Give a lost peer no work until it has cooled down and renewed its advert."""
-        advert = self._alive.get(peer)
-        known_until_s = advert.expires_at_s if advert else -math.inf
-        self._barred[peer] = (now_s + COOL_DOWN_S, known_until_s)
-
     def _on_lost(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
-        self._bar(peer, now_s)
+        self._pool.bar(peer, now_s)
         self._holdings.forget(peer)
         if self.plan is None or peer not in self.plan.workers():
             return []
@@ -190,8 +166,7 @@ class Ledger:
         if self._broken_link_s is not None and now_s - self._broken_link_s >= LINK_GRACE_S:
             self.reason = "a link between workers broke; begun again"
             return self._place(now_s)
-        patience_s = {"placing": PLACING_STALL_S, "training": STALL_S, "evaluating": STALL_S}
-        if now_s - self._moved_s > patience_s.get(self.phase, math.inf):
+        if now_s - self._moved_s > PATIENCE_S.get(self.phase, math.inf):
             self.reason = f"no progress for {now_s - self._moved_s:.0f} s; begun again"
             return self._failed_once(now_s)
         return []
@@ -204,14 +179,9 @@ class Ledger:
         self._replan_due = False
         self._gather = None
         self._moved_s = now_s
+        peers = self._pool.usable(now_s)
         try:
-            decision = solve(
-                tuple(self._usable(now_s).values()),
-                self.facts,
-                self.manifest,
-                previous=self.plan,
-                keep=keep,
-            )
+            decision = solve(peers, self.facts, self.manifest, previous=self.plan, keep=keep)
         except CapacityError as error:
             self.phase, self.reason = "waiting", str(error)
             return []
@@ -261,7 +231,7 @@ class Ledger:
             layers=decision.layers,
             slots=decision.slots,
             coordinator=self.me,
-            addresses={p: self._alive[p].addresses for p in {*workers, self.me} & {*self._alive}},
+            addresses=self._pool.addresses([*workers, self.me]),
             reasons=decision.reasons,
             predicted_step_s=decision.cost_s,
         )
@@ -306,8 +276,8 @@ class Ledger:
                     self._moved_s = now_s
                     if self._votes.is_complete(plan):
                         return self._commit(now_s)
-            case Applied(step=step, stage=stage, state_hash=state_hash):
-                return self._on_applied(peer, step, stage, state_hash, now_s)
+            case Applied():
+                return self._on_applied(peer, message, now_s)
             case Evaluated(step=step, source=source) if self.phase == "evaluating":
                 if step == self.step and source in plan and plan.host(source) == peer:
                     self._evaluated[source] = message
@@ -351,13 +321,7 @@ class Ledger:
         assert self.plan is not None
         manifest = self.manifest
         try:
-            record = self._votes.commit(
-                self.step,
-                self.generation,
-                self.plan,
-                manifest.batch.num_microbatches,
-                manifest.optimizer.clip_norm,
-            )
+            record = self._votes.commit(self.step, self.plan, manifest)
         except DisagreementError as error:
             self.reason = str(error)
             return self._failed_once(now_s)
@@ -376,16 +340,12 @@ class Ledger:
         self._evaluation_due = bool(run.evaluate_every and self.step % run.evaluate_every == 0)
         return effects + self._next(now_s)
 
-    def _on_applied(
-        self, peer: PeerId, step: int, stage: int, state_hash: str, now_s: float
-    ) -> list[Effect]:
-        seen = self._hashes.setdefault((step, stage), (state_hash, peer))
-        for old in [at for at in self._hashes if at[0] < step - 2]:
-            del self._hashes[old]
-        if seen[0] == state_hash:
+    def _on_applied(self, peer: PeerId, applied: Applied, now_s: float) -> list[Effect]:
+        other = self._hashes.differs_from(peer, applied)
+        if other is None:
             return []
-        self.reason = f"stage {stage}: {peer} and {seen[1]} differ after step {step}"
-        self._holdings.forget_stage(peer, stage)
+        self.reason = f"stage {applied.stage}: {peer} and {other} differ after step {applied.step}"
+        self._holdings.forget_stage(peer, applied.stage)
         return self._failed_once(now_s)
 
     def _finish_evaluation(self, now_s: float) -> list[Effect]:

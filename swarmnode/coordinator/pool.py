@@ -1,0 +1,46 @@
+"""The peers that a job may use: alive, and not under suspicion after a loss."""
+
+import math
+from collections.abc import Sequence
+
+from swarmnode.domain import Advert, PeerId
+
+COOL_DOWN_S = 5.0
+"""A lost peer is not given work for this long, whatever its advert says; long enough for an
+advert from before the loss to arrive."""
+
+
+class Pool:
+    """Who is here. A lost peer comes back only with an advert that it renewed after the loss."""
+
+    def __init__(self) -> None:
+        self._alive: dict[PeerId, Advert] = {}
+        self._barred: dict[PeerId, tuple[float, float]] = {}
+        """peer -> (when it has cooled down, end of the newest advert known by then)."""
+
+    def see(self, peers: Sequence[Advert], now_s: float) -> None:
+        """Take over what the directory says."""
+        self._alive = {advert.peer: advert for advert in peers}
+        for peer, (until_s, _) in self._barred.items():
+            if now_s < until_s and peer in self._alive:
+                self._barred[peer] = (until_s, self._alive[peer].expires_at_s)
+
+    def bar(self, peer: PeerId, now_s: float) -> None:
+        """The peer is lost."""
+        advert = self._alive.get(peer)
+        known_until_s = advert.expires_at_s if advert else -math.inf
+        self._barred[peer] = (now_s + COOL_DOWN_S, known_until_s)
+
+    def usable(self, now_s: float) -> tuple[Advert, ...]:
+        """Peers that may be given work, by id."""
+        never = (-math.inf, -math.inf)
+        return tuple(
+            advert
+            for peer, advert in sorted(self._alive.items())
+            if now_s >= self._barred.get(peer, never)[0]
+            and advert.expires_at_s > self._barred.get(peer, never)[1]
+        )
+
+    def addresses(self, peers: Sequence[PeerId]) -> dict[PeerId, tuple[str, ...]]:
+        """Where those of `peers` that are known are reached."""
+        return {p: self._alive[p].addresses for p in peers if p in self._alive}
