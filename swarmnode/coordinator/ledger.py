@@ -81,8 +81,6 @@ class Ledger:
         self._evaluation_due = False
         self._replan_due = False
 
-    # ---- the outside -----------------------------------------------------------------------
-
     @property
     def is_over(self) -> bool:
         return self.phase in ("stopped", "failed")
