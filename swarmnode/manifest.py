@@ -48,8 +48,8 @@ class OptimizerConfig(Section):
     """How the rate falls after the warm-up."""
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     """Share of the peak that is left at the last step."""
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest global gradient norm; none for no clipping."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 for no clipping."""
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
         """The rate of step `step` (from 0) in a run of `num_steps`."""

@@ -11,7 +11,7 @@ from swarmnode import __version__
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.service import CoordinatorService, RunningJob
 from swarmnode.domain import Advert, JobId
-from swarmnode.errors import BusyError, NotFoundError, SwarmError
+from swarmnode.errors import BusyError, DataError, NotFoundError, SwarmError
 from swarmnode.http.api import JobView, ModelView, NodeView, PeerView, Token
 from swarmnode.p2p.identity import Identity
 from swarmnode.wire import Sampling
@@ -175,6 +175,9 @@ class Node:
         self, model: ModelView, prompt: list[int], max_tokens: int, sampling: Sampling
     ) -> AsyncIterator[Token]:
         running = self.coordinator.find(model.job)
+        vocabulary = running.facts.vocab_size
+        if any(not 0 <= token < vocabulary for token in prompt):
+            raise DataError(f"a token of the prompt is outside the vocabulary of {vocabulary}")
         answers = running.head.generate(prompt, max_tokens, model.max_positions, sampling)
         try:
             async for answer in answers:

@@ -56,7 +56,7 @@ class Votes:
                 "lower optimizer.learning_rate and submit again"
             )
         clip = manifest.optimizer.clip_norm
-        scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+        scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
         digests = tuple(self._ready[SlotId(s, 0)].digest for s in range(plan.num_stages))
         return CommitRecord(plan.generation, step, scale, loss, digests)
 

@@ -88,7 +88,7 @@ def make_manifest(
     config: Mapping[str, Any] = LLAMA,
     *,
     codecs: CodecConfig | None = None,
-    clip_norm: float | None = 0.5,
+    clip_norm: float = 0.5,
     num_microbatches: int = 4,
     stages: int = 2,
     slots: int = 2,
@@ -233,7 +233,7 @@ class Swarm:
         squares = {group: value for r in readies for group, value in r.sums_of_squares}
         norm = math.sqrt(sum(squares.values()))
         clip = self.manifest.optimizer.clip_norm
-        scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+        scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
         for number, peer in enumerate(plan.workers()):
             self.tell(peer, Commit(self.manifest.job, Generation(self.generation), step, scale))
             if number == 0 and eager:
@@ -329,7 +329,7 @@ def plain_run(manifest: Manifest, blobs: Path) -> tuple[list[float], dict[str, t
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
             (loss / batch.num_microbatches).backward()
             total += loss.item() / batch.num_microbatches
-        if optimizer.clip_norm is not None:
+        if optimizer.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm)
         for group in adamw.param_groups:
             group["lr"] = optimizer.learning_rate_at(step, manifest.run.steps)
