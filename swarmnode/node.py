@@ -13,8 +13,8 @@ from swarmnode.coordinator.service import CoordinatorService, RunningJob
 from swarmnode.domain import Advert, JobId
 from swarmnode.errors import BusyError, DataError, NotFoundError, SwarmError
 from swarmnode.http.api import JobView, ModelView, NodeView, PeerView, Token
+from swarmnode.messages import Sampling
 from swarmnode.p2p.identity import Identity
-from swarmnode.wire import Sampling
 from swarmnode.worker.service import WorkerService
 
 ExportModel = Callable[[Mapping[str, Any], Path, Path, Path], Awaitable[None]]

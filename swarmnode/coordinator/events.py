@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from swarmnode.domain import Advert, BlobRef, Generation, PeerId
-from swarmnode.wire import Message
+from swarmnode.messages import Message
 
 
 @dataclass(frozen=True)

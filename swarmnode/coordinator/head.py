@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Callable
 
 from swarmnode.domain import JobId, PeerId, Plan, SlotId
 from swarmnode.errors import CapacityError, PeerLostError
+from swarmnode.messages import Sampling, SessionClose, SessionFailed, SessionFrame, SessionToken
 from swarmnode.p2p.switch import Switch, TensorMessage
-from swarmnode.wire import Sampling, SessionClose, SessionFailed, SessionFrame, SessionToken
 
 TOKEN_TIMEOUT_S = 30.0
 """A token that takes longer than this is asked for again, from the start."""

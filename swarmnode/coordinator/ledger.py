@@ -22,7 +22,7 @@ from swarmnode.coordinator.votes import DisagreementError, DivergedError, StateH
 from swarmnode.domain import Advert, Generation, PeerId, Plan, SlotId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
-from swarmnode.wire import (
+from swarmnode.messages import (
     Applied,
     Assign,
     Begin,

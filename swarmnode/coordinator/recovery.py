@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from swarmnode.coordinator.solver import Decision
 from swarmnode.domain import PeerId, Plan
-from swarmnode.wire import StateSource
+from swarmnode.messages import StateSource
 
 
 class Holdings:

@@ -10,13 +10,14 @@ from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.domain import Advert, PeerId
 from swarmnode.errors import PeerError, SwarmError
+from swarmnode.messages import Assign, Message
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.ports import Transport
 from swarmnode.p2p.session import Conversation
 from swarmnode.p2p.states import TensorIndex
 from swarmnode.p2p.switch import Switch
-from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, Assign, Message
+from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES
 
 TICK_S = 1.0
 

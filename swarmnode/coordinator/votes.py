@@ -7,7 +7,7 @@ from swarmnode.coordinator.events import CommitRecord
 from swarmnode.domain import PeerId, Plan, SlotId
 from swarmnode.errors import SwarmError
 from swarmnode.manifest import Manifest
-from swarmnode.wire import Applied, Ready
+from swarmnode.messages import Applied, Ready
 
 
 class DisagreementError(SwarmError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from swarmnode.domain import JobId, PeerId
-from swarmnode.wire import Sampling
+from swarmnode.messages import Sampling
 
 
 @dataclass(frozen=True)

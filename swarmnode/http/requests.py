@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from swarmnode.http.failures import ApiError
-from swarmnode.wire import Sampling
+from swarmnode.messages import Sampling
 
 MAX_PROMPTS = 32
 MAX_STOPS = 16

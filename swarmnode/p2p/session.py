@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Callable
 
 from swarmnode.domain import JobId
 from swarmnode.errors import PeerLostError, ProtocolError, SwarmError
+from swarmnode.messages import Message, Ping
 from swarmnode.p2p.ports import EndOfStream, Stream
-from swarmnode.wire import Message, Ping, pack, unpack
+from swarmnode.wire import pack, unpack
 
 HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 5.0

@@ -11,19 +11,16 @@ from dataclasses import dataclass, field
 
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.errors import PeerError, PeerLostError, ProtocolError
-from swarmnode.p2p.ports import EndOfStream, Stream, Transport
-from swarmnode.wire import (
-    MAX_TENSOR_BYTES,
-    TENSOR_PROTOCOL,
+from swarmnode.messages import (
     Frame,
     Message,
     SessionClose,
     SessionFailed,
     SessionFrame,
     SessionToken,
-    pack,
-    unpack,
 )
+from swarmnode.p2p.ports import EndOfStream, Stream, Transport
+from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack, unpack
 
 MAX_QUEUED_FRAMES = 1024
 SEND_TIMEOUT_S = 30.0

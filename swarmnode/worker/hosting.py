@@ -11,15 +11,7 @@ from swarmnode.children import Child, python_module, spawn_child
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan
 from swarmnode.errors import ChildError, ProtocolError, SwarmError
 from swarmnode.manifest import Manifest
-from swarmnode.p2p.blob_store import BlobStore
-from swarmnode.p2p.blobs import BlobClient
-from swarmnode.p2p.ports import Stream
-from swarmnode.p2p.session import Conversation
-from swarmnode.p2p.states import TensorIndex, index_tensors, write_safetensors
-from swarmnode.p2p.switch import Switch, TensorMessage
-from swarmnode.tensorfiles import read_header
-from swarmnode.tokens import TokenIndex
-from swarmnode.wire import (
+from swarmnode.messages import (
     Applied,
     Assign,
     Begin,
@@ -45,9 +37,16 @@ from swarmnode.wire import (
     SessionToken,
     StateSource,
     Traffic,
-    pack,
-    unpack,
 )
+from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blobs import BlobClient
+from swarmnode.p2p.ports import Stream
+from swarmnode.p2p.session import Conversation
+from swarmnode.p2p.states import TensorIndex, index_tensors, write_safetensors
+from swarmnode.p2p.switch import Switch, TensorMessage
+from swarmnode.tensorfiles import read_header
+from swarmnode.tokens import TokenIndex
+from swarmnode.wire import pack, unpack
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from swarmnode.domain import JobId, PeerId
 from swarmnode.errors import ManifestError, PeerError, PeerLostError, ProtocolError
 from swarmnode.manifest import Manifest, check
+from swarmnode.messages import Assign
 from swarmnode.p2p.identity import verify
 from swarmnode.p2p.ports import Stream, Transport
 from swarmnode.p2p.session import DEAD_AFTER_S
-from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, Assign, unpack
+from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
 from swarmnode.worker.hosting import HostTools, JobHost
 
 

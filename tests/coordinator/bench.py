@@ -19,7 +19,7 @@ from swarmnode.manifest import (
     PlacementConfig,
     RunConfig,
 )
-from swarmnode.wire import (
+from swarmnode.messages import (
     Applied,
     Assign,
     Begin,

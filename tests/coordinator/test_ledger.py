@@ -6,7 +6,7 @@ import pytest
 
 from swarmnode.coordinator import events as on
 from swarmnode.domain import Generation, PeerId
-from swarmnode.wire import Assign, Commit, Failed, LinkBroken, Ready
+from swarmnode.messages import Assign, Commit, Failed, LinkBroken, Ready
 from tests.coordinator.bench import Bench, advert, manifest
 
 STEPS = 5

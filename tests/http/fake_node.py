@@ -19,8 +19,8 @@ from swarmnode.errors import (
 from swarmnode.http.api import JobView, ModelView, NodeView, PeerView, Token
 from swarmnode.http.server import serve
 from swarmnode.manifest import parse_job
+from swarmnode.messages import Sampling
 from swarmnode.telemetry import Metrics
-from swarmnode.wire import Sampling
 
 JOB = JobId("00112233aabbccdd")
 TOKEN = "a-token-of-32-hexadecimal-digits"

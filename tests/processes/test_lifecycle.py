@@ -16,9 +16,10 @@ import pytest
 from swarmnode.cli.local_swarm import LocalSwarm
 from swarmnode.domain import Generation, JobId, SlotId
 from swarmnode.errors import PeerLostError
+from swarmnode.messages import Frame
 from swarmnode.p2p.ports import EndOfStream
 from swarmnode.p2p.streams import Libp2pTransport
-from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, Frame, pack
+from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack
 from tests.processes.conftest import job_file, wait_for
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]

@@ -24,8 +24,7 @@ from swarmnode.manifest import (
     PlacementConfig,
     RunConfig,
 )
-from swarmnode.tokens import TokenIndex
-from swarmnode.wire import (
+from swarmnode.messages import (
     Applied,
     Begin,
     Commit,
@@ -38,9 +37,9 @@ from swarmnode.wire import (
     Ready,
     SessionClose,
     SessionFrame,
-    pack,
-    unpack,
 )
+from swarmnode.tokens import TokenIndex
+from swarmnode.wire import pack, unpack
 from swarmnode.worker.engine.engine import Engine
 from swarmnode.worker.models import initialize, read_config
 from swarmnode.worker.training.samples import SampleMap, TokenReader

@@ -9,7 +9,8 @@ from engine_swarm import PLACEMENTS, Swarm, make_manifest
 
 from swarmnode.children import Child, python_module, spawn_child
 from swarmnode.domain import Generation, PeerId
-from swarmnode.wire import Applied, Begin, Busy, Commit, Configured, Message, Ready, pack, unpack
+from swarmnode.messages import Applied, Begin, Busy, Commit, Configured, Message, Ready
+from swarmnode.wire import pack, unpack
 
 pytestmark = pytest.mark.processes
 

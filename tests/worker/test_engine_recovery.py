@@ -11,8 +11,7 @@ from engine_swarm import PLACEMENTS, TIED, Step, Swarm, make_manifest
 
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, SlotId
 from swarmnode.manifest import Manifest
-from swarmnode.tensorfiles import read_header
-from swarmnode.wire import (
+from swarmnode.messages import (
     Applied,
     Commit,
     Configured,
@@ -22,8 +21,9 @@ from swarmnode.wire import (
     Failed,
     Frame,
     Ready,
-    unpack,
 )
+from swarmnode.tensorfiles import read_header
+from swarmnode.wire import unpack
 
 Results = list[tuple[dict[int, float], dict[int, str]]]
 

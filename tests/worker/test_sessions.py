@@ -11,7 +11,7 @@ from engine_swarm import LLAMA, TIED, Swarm, make_manifest
 
 from swarmnode.domain import Generation, PeerId, SlotId
 from swarmnode.manifest import Manifest
-from swarmnode.wire import (
+from swarmnode.messages import (
     Failed,
     Sampling,
     SessionClose,

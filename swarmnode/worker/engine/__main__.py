@@ -9,8 +9,9 @@ import sys
 import threading
 
 from swarmnode.errors import FrameTooLargeError, ProtocolError
+from swarmnode.messages import Message
 from swarmnode.pipes import ChildPipe
-from swarmnode.wire import Message, pack, unpack
+from swarmnode.wire import pack, unpack
 
 Inbox = queue.SimpleQueue[tuple[Message, memoryview] | None]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from swarmnode.compression.codec import Payload, get_codec
 from swarmnode.domain import SlotId
 from swarmnode.errors import CodecError, DataError
-from swarmnode.wire import Message, SessionClose, SessionFailed, SessionFrame, SessionToken
+from swarmnode.messages import Message, SessionClose, SessionFailed, SessionFrame, SessionToken
 from swarmnode.worker.engine.setup import Send, Setup
 from swarmnode.worker.serving.sampling import sample
 from swarmnode.worker.serving.sessions import SessionKey, Sessions

@@ -16,7 +16,7 @@ from swarmnode.compression.codec import Payload
 from swarmnode.domain import Generation, JobId
 from swarmnode.errors import ManifestError
 from swarmnode.manifest import Manifest, check
-from swarmnode.wire import (
+from swarmnode.messages import (
     Begin,
     Busy,
     Commit,

@@ -2,7 +2,7 @@
 
 from swarmnode.compression.codec import Payload
 from swarmnode.domain import SlotId
-from swarmnode.wire import Frame
+from swarmnode.messages import Frame
 from swarmnode.worker.engine.setup import Post, Setup
 from swarmnode.worker.training.fingerprint import digest, sum_of_squares
 from swarmnode.worker.training.reduce import ReducedGradient, ShardSum, encode_shards

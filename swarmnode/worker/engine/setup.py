@@ -12,7 +12,7 @@ from swarmnode.compression.codec import Codec, Payload, get_codec
 from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.errors import DataError
 from swarmnode.manifest import Manifest
-from swarmnode.wire import Configure, Frame, FrameKind, Message
+from swarmnode.messages import Configure, Frame, FrameKind, Message
 from swarmnode.worker.engine.batches import Batches
 from swarmnode.worker.training.expected import ExpectedFrames, Role
 from swarmnode.worker.training.groups import Group, Parameter, StageGroups, stage_groups

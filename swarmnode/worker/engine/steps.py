@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from swarmnode.compression.codec import Payload
 from swarmnode.domain import SlotId
-from swarmnode.wire import Applied, Begin, Commit, Evaluated, Frame, Ready
+from swarmnode.messages import Applied, Begin, Commit, Evaluated, Frame, Ready
 from swarmnode.worker.engine.pipeline import Pipeline
 from swarmnode.worker.engine.reduction import Reduction
 from swarmnode.worker.engine.setup import Send, Setup

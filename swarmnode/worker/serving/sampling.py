@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swarmnode.wire import Sampling
+from swarmnode.messages import Sampling
 
 MAX_LOGPROBS = 32
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from swarmnode.domain import PeerId, Plan, SlotId
-from swarmnode.wire import Frame, FrameKind
+from swarmnode.messages import Frame, FrameKind
 from swarmnode.worker.training.groups import Group
 
 Role = Literal["activation", "activation_gradient", "gradient"]
