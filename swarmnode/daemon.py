@@ -19,7 +19,7 @@ from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
-from swarmnode.errors import BusyError, PeerError, UserError
+from swarmnode.errors import BusyError, ChildError, PeerError, UserError
 from swarmnode.home import load_token, locked, write_private
 from swarmnode.http import server
 from swarmnode.node import Node, job_view
@@ -85,6 +85,8 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
     identity = load_or_create(home / "identity.key")
     telemetry.configure_logging(config.log_level, path=home / "daemon.log", peer=identity.peer)
     device = await probe(home)
+    if config.device == "cuda" and device.kind != "cuda":
+        raise UserError("no CUDA device is usable here; use --device auto or cpu")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(telemetry.close_logging)
         directory = await stack.enter_async_context(start_directory(config, identity))
@@ -271,14 +273,19 @@ class Daemon:
             self._membership.handle(Records({advert.peer: record}), time.time())
             try:
                 await self._directory.advertise(record, lease_s)
-            except PeerError as error:
+            except (PeerError, ChildError) as error:
                 self._log("advert not stored", reason=str(error))
             await asyncio.sleep(lease_s / 3)
 
     async def look(self) -> None:
         """Read the directory again and again."""
         while True:
-            records = await self._directory.records()
+            try:
+                records = await self._directory.records()
+            except ChildError as error:  # stuck; `Directory.wait` tells if it has ended
+                self._log("directory does not answer", reason=str(error))
+                await asyncio.sleep(POLL_S)
+                continue
             effects = self._membership.handle(Records(records), time.time())
             for effect in effects:
                 self._log("peer", what=type(effect).__name__, effect=str(effect)[:300])

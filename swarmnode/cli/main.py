@@ -190,12 +190,15 @@ def demo(
     prometheus_targets: Annotated[
         Path | None, typer.Option(help="Folder for Prometheus's target files.")
     ] = None,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Keep serving in the end, until Ctrl-C.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, lose a node, go on, export and serve: a whole swarm on this machine."""
     from swarmnode.cli.demo import DEFAULT_STEPS, Wanted, run_demo
 
-    wanted = Wanted(data, steps or DEFAULT_STEPS, seed, keep, kill, prometheus_targets)
+    wanted = Wanted(data, steps or DEFAULT_STEPS, seed, keep, kill, prometheus_targets, stay)
     raise typer.Exit(run_demo(wanted, as_json))
 
 

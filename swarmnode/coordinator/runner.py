@@ -170,7 +170,8 @@ class JobRunner:
                 forward.cancel()
             reason = "closed its control stream"
         except* PeerError as errors:
-            reason = str(errors.exceptions[0])
+            first = errors.exceptions[0]
+            reason = getattr(first, "reason", None) or str(first)
         await self.tell(on.WorkerLost(peer, reason))
 
     async def _forward(self, outbox: asyncio.Queue[Message], conversation: Conversation) -> None:
