@@ -19,7 +19,7 @@ from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
-from swarmnode.errors import BusyError, ChildError, PeerError, UserError
+from swarmnode.errors import BusyError, ChildError, PeerError, SwarmError, UserError
 from swarmnode.home import load_token, locked, write_private
 from swarmnode.http import server
 from swarmnode.node import Node, job_view
@@ -96,7 +96,7 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
         for work in (daemon.advertise, daemon.look, daemon.observe):
             group.create_task(work(), name=work.__name__)
         group.create_task(daemon.serve(on_ready), name="http")
-        daemon.coordinator.restore()
+        await daemon.coordinator.restore()
         await directory.wait()
 
 
@@ -184,7 +184,7 @@ class Daemon:
         )
         self._dropped: Counter[str] = Counter()
         home = config.home
-        store = BlobStore(home / "blobs")
+        store = BlobStore(home / "blobs", durable=True)
         switch = Switch(transport, group, self._count_dropped, self.metrics.add_sent)
         blobs = BlobClient(transport, store, self._count_blobs)
         self.worker = WorkerService(
@@ -259,30 +259,31 @@ class Daemon:
         """Renew our own advert three times in each lease."""
         lease_s = self._config.lease_s
         while True:
-            self._device = await probe(self._config.home)
             advert = Advert(
                 peer=self._identity.peer,
-                addresses=tuple(self._transport.addresses),
+                addresses=tuple(self._transport.addresses)[: adverts.MAX_ADDRESSES],
                 device=self._device,
                 limits=self._limits,
                 version=__version__,
                 incarnation=self._incarnation,
                 expires_at_s=time.time() + lease_s,
             )
-            record = adverts.encode(advert, self._identity.sign)
-            self._membership.handle(Records({advert.peer: record}), time.time())
             try:
+                record = adverts.encode(advert, self._identity.sign)
+                self._membership.handle(Records({advert.peer: record}), time.time())
                 await self._directory.advertise(record, lease_s)
-            except (PeerError, ChildError) as error:
+            except SwarmError as error:
                 self._log("advert not stored", reason=str(error))
             await asyncio.sleep(lease_s / 3)
+            with contextlib.suppress(ChildError):  # what was measured before still holds
+                self._device = await probe(self._config.home)
 
     async def look(self) -> None:
         """Read the directory again and again."""
         while True:
             try:
                 records = await self._directory.records()
-            except ChildError as error:  # stuck; `Directory.wait` tells if it has ended
+            except SwarmError as error:  # stuck; `Directory.wait` tells if it has ended
                 self._log("directory does not answer", reason=str(error))
                 await asyncio.sleep(POLL_S)
                 continue

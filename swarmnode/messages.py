@@ -10,6 +10,10 @@ from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Hash = Annotated[str, Field(min_length=8, max_length=64, pattern=r"^[0-9a-f]+$")]
 Text = Annotated[str, Field(max_length=4096)]
+SentKind = Literal[
+    "activation", "activation_gradient", "gradient", "reduced", "session", "control", "blob"
+]
+"""What bytes on the wire are counted as."""
 FrameKind = Literal["activation", "activation_gradient", "gradient", "reduced"]
 
 
@@ -51,7 +55,7 @@ class SessionFrame:
     """One piece of a conversation on its way through the stages.
 
     The payload is int64 token ids for stage 0 and coded hidden states for later stages.
-    `positions` is half open; a stage that does not hold the cache up to its start refuses.
+    It holds positions [start, stop); a stage whose cache does not end at `start` refuses.
     """
 
     job: JobId
@@ -255,7 +259,7 @@ class Traffic:
     """What a worker has sent so far, and how busy it was; sent with each step."""
 
     job: JobId
-    bytes_by_kind: Annotated[dict[str, Count], Field(max_length=16)]
+    bytes_by_kind: dict[SentKind, Count]
     compute_s: float
     """Seconds of computing since the last report."""
 

@@ -131,12 +131,13 @@ class Node:
 
     async def watch(self, job: str) -> AsyncIterator[JobView]:
         running = self.coordinator.find(job)
+        seen = 0
         while True:
             view = job_view(running.ledger, with_losses=False)
             yield view
             if view.phase in ("serving", "failed", "stopped"):
                 return
-            await running.runner.changed()
+            seen = await running.runner.changed(seen)
 
     async def stop(self, job: str) -> None:
         await self.coordinator.stop(job)
@@ -212,7 +213,7 @@ def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
         tokens_per_s=progress.tokens_per_s if ledger.phase == "training" else None,
         tokens_total=ledger.step * progress.tokens_per_step,
         elapsed_s=time.monotonic() - progress.started_s,
-        bytes_by_kind=progress.bytes_by_kind,
+        bytes_by_kind={str(kind): count for kind, count in progress.bytes_by_kind.items()},
         generation=ledger.generation,
         recoveries=progress.recoveries,
         recovery_s=progress.recovery_s,

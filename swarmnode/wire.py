@@ -57,7 +57,7 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[Message, memoryview]:
         raise ProtocolError(f"header of {length} bytes announced in {len(view)}")
     try:
         body = msgpack.unpackb(view[4 : 4 + length], strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"header is not msgpack: {error}") from None
     name = body.pop("t", None) if isinstance(body, dict) else None
     if not isinstance(name, str) or name not in _TYPES:

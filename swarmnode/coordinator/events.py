@@ -36,6 +36,7 @@ class StateStored:
 
     stage: int
     step: int
+    index: BlobRef
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class StateLost:
 
     stage: int
     step: int
+    index: BlobRef
     reason: str
 
 

@@ -17,6 +17,7 @@ from swarmnode.p2p.switch import Switch, TensorMessage
 
 TOKEN_TIMEOUT_S = 30.0
 """A token that takes longer than this is asked for again, from the start."""
+LOOK_S = 0.1
 MAX_ATTEMPTS = 4
 
 
@@ -49,12 +50,12 @@ class Head:
         room = min(max_tokens, max_positions - len(prompt))
         tokens = list(prompt)
         async with self._turn:
-            session, plan, cached = "", self._current(), 0
+            session, plan, cached = "", await self._current(), 0
             try:
                 for _ in range(room):
                     answer = None
                     for attempt in range(MAX_ATTEMPTS):
-                        now = self._current()
+                        now = await self._current()
                         if not session or now.generation != plan.generation:
                             await self._close(plan, session)
                             session, plan, cached = self._open(now), now, 0
@@ -75,10 +76,13 @@ class Head:
             finally:
                 await self._close(plan, session)
 
-    def _current(self) -> Plan:
-        plan = self._plan()
-        if plan is None:
-            raise CapacityError("the job has no workers now; see `swarmnode jobs`")
+    async def _current(self) -> Plan:
+        """The plan; waits a while for one when the job is just being placed anew."""
+        deadline_s = asyncio.get_running_loop().time() + TOKEN_TIMEOUT_S
+        while (plan := self._plan()) is None:
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise CapacityError("the job has no workers now; see `swarmnode jobs`")
+            await asyncio.sleep(LOOK_S)
         return plan
 
     def _open(self, plan: Plan) -> str:

@@ -5,6 +5,7 @@ incomplete or damaged: a torn tail is what a crash leaves, and what was never ac
 """
 
 import dataclasses
+import errno
 import json
 import os
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from swarmnode.coordinator.events import Record
+from swarmnode.coordinator.events import CheckpointRecord, Record
 
 _RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Record.__args__}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {n: TypeAdapter(k) for n, k in _RECORDS.items()}
@@ -23,26 +24,33 @@ class Journal:
     """The records of one job, in one file."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the journal; a torn tail is cut off."""
+        """Open or create the journal; a torn tail is cut off. Raises: OSError."""
         self._path = path
-        self.records, whole_bytes = read_journal(path)
-        self._file = path.open("ab")
-        if self._file.tell() != whole_bytes:
-            self._file.truncate(whole_bytes)
+        self.found, self._whole_bytes = read_journal(path)
+        """What earlier lives wrote."""
+        self.checkpoints = [r for r in self.found if isinstance(r, CheckpointRecord)]
+        """Every checkpoint so far, the oldest first."""
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(self._whole_bytes)
 
     def append(self, record: Record) -> None:
-        """Write `record` and wait until the disk has it. Raises: OSError if it cannot."""
-        start = self._file.tell()
+        """Write `record` and wait until the disk has it.
+
+        Raises: OSError if it cannot; the journal is then as it was before.
+        """
         body = {"t": type(record).__name__, **dataclasses.asdict(record)}
         text = json.dumps(body, separators=(",", ":")).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
         try:
-            self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
-            self._file.flush()
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError:
-            self._file.truncate(start)
+            self._file.truncate(self._whole_bytes)
             raise
-        self.records.append(record)
+        self._whole_bytes += len(line)
+        if isinstance(record, CheckpointRecord):
+            self.checkpoints.append(record)
 
     def close(self) -> None:
         self._file.close()

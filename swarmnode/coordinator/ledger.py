@@ -7,19 +7,25 @@ generation from the same weights. `Recovery` (recovery.py) decides where state c
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Literal
 
 from swarmnode.coordinator import events as on
+from swarmnode.coordinator import patience
 from swarmnode.coordinator.cost import ModelFacts
-from swarmnode.coordinator.events import Effect, Event, Hangup, Record, Send, StoreState, Write
+from swarmnode.coordinator.events import Effect, Event, Hangup, Send, StoreState, Write
 from swarmnode.coordinator.pool import Pool
 from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.publications import Publications
 from swarmnode.coordinator.recovery import Gather, Holdings
-from swarmnode.coordinator.solver import solve
-from swarmnode.coordinator.votes import DisagreementError, DivergedError, StateHashes, Votes
-from swarmnode.domain import Advert, Generation, PeerId, Plan, SlotId
+from swarmnode.coordinator.solver import newcomers_help, solve
+from swarmnode.coordinator.votes import (
+    DisagreementError,
+    DivergedError,
+    StateHashes,
+    Votes,
+    mean_loss,
+)
+from swarmnode.domain import Advert, BlobRef, Generation, PeerId, Plan, SlotId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
@@ -38,15 +44,6 @@ from swarmnode.messages import (
     StateSource,
     Traffic,
 )
-
-LINK_GRACE_S = 2.0
-"""A broken link between workers waits this long for one of its ends to be found dead."""
-PATIENCE_S = {"placing": 900.0, "training": 120.0, "evaluating": 120.0}
-"""A generation without progress for this long in a phase is given up and begun again."""
-WORTH_MOVING = 0.9
-"""A running job moves to a placement whose predicted step takes at most this share of today's."""
-MAX_FAILURES = 5
-"""Failures in a row, without a commit between them, that end the job."""
 
 
 class Ledger:
@@ -76,7 +73,7 @@ class Ledger:
         self._hashes = StateHashes()
         self._publications = Publications()
         self._failures = 0
-        self._broken_link_s: float | None = None
+        self._broken_links = patience.BrokenLinks()
         self._moved_s = now_s
         self._evaluation_due = False
         self._replan_due = False
@@ -98,34 +95,16 @@ class Ledger:
                 if getattr(message, "generation", self.generation) != self.generation:
                     return []
                 return self._on_message(peer, message, now_s)
-            case on.StateStored(stage, step):
-                return self._on_stored(stage, step, now_s)
-            case on.StateLost(stage, step, _):
+            case on.StateStored(stage, step, index):
+                return self._on_stored(stage, step, index, now_s)
+            case on.StateLost(step=step):
                 self._publications.give_up(step)
-                return self._failed_once(now_s) if self.phase == "saving" else []
+                is_last = self.phase == "saving" and step == self.step
+                return self._failed_once(now_s) if is_last else []
             case on.Tick():
                 return self._on_tick(now_s)
             case on.StopAsked(reason):
                 return self._end("stopped", reason)
-
-    def replay(self, records: Sequence[Record]) -> None:
-        """Take up where a journal ends: the newest checkpoint, and what was known then."""
-        for record in records:
-            match record:
-                case on.StartedRecord(generation, step):
-                    self.generation, self.step = generation, step
-                    self.progress.rewind(step)
-                case on.CommitRecord() as commit:
-                    self.step = commit.step + 1
-                    self.progress.committed(commit.step, commit.loss, None)
-                case on.CheckpointRecord() as checkpoint:
-                    self.checkpoint = checkpoint
-                case on.EvaluationRecord(step, loss):
-                    self.progress.evaluated(step, loss)
-                case on.EndRecord(phase, reason):
-                    self.phase, self.reason = phase, reason
-        if records and not self.is_over:
-            self.reason = "restarted; looking for peers"
 
     # ---- who is here -----------------------------------------------------------------------
 
@@ -134,20 +113,11 @@ class Ledger:
         if self.phase == "waiting":
             return self._place(now_s)
         if self.phase in ("training", "serving"):
-            self._replan_due = self._newcomers_help(now_s)
+            peers = self._pool.usable(now_s)
+            self._replan_due = newcomers_help(peers, self.facts, self.manifest, self.plan)
             if self._replan_due and self.phase == "serving":
                 return self._place(now_s, keep=False)
         return []
-
-    def _newcomers_help(self, now_s: float) -> bool:
-        """Whether peers without work would make the step clearly faster."""
-        plan, usable = self.plan, self._pool.usable(now_s)
-        if plan is None or not {advert.peer for advert in usable} - set(plan.workers()):
-            return False
-        if all(len(plan.hosted_by(peer)) == 1 for peer in plan.workers()):
-            return False
-        decision = solve(usable, self.facts, self.manifest, previous=plan, keep=False)
-        return decision.cost_s < WORTH_MOVING * plan.predicted_step_s
 
     def _on_lost(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
         self._pool.bar(peer, now_s)
@@ -161,19 +131,33 @@ class Ledger:
     def _on_tick(self, now_s: float) -> list[Effect]:
         if self.phase == "waiting":
             return self._place(now_s)
-        if self._broken_link_s is not None and now_s - self._broken_link_s >= LINK_GRACE_S:
-            self.reason = "a link between workers broke; begun again"
-            return self._place(now_s)
-        if now_s - self._moved_s > PATIENCE_S.get(self.phase, math.inf):
+        self._publications.expire(now_s)
+        if self._broken_links.are_due(now_s):
+            return self._on_broken_link(now_s)
+        patience_s = (
+            patience.GATHER_PATIENCE_S
+            if self._gather
+            else patience.PATIENCE_S.get(self.phase, math.inf)
+        )
+        if now_s - self._moved_s > patience_s:
             self.reason = f"no progress for {now_s - self._moved_s:.0f} s; begun again"
             return self._failed_once(now_s)
         return []
+
+    def _on_broken_link(self, now_s: float) -> list[Effect]:
+        """Both ends live, but not for each other: begin again, the second time without one."""
+        self.reason = "a link between workers broke; begun again"
+        worst = self._broken_links.worst(self.me)
+        if worst is not None:
+            self._pool.bar(worst, now_s)
+            self.reason = f"{worst} does not reach other workers; it gets no work for a while"
+        return self._place(now_s)
 
     # ---- a new generation ------------------------------------------------------------------
 
     def _place(self, now_s: float, *, keep: bool = True) -> list[Effect]:
         """Solve, then collect the state that the new hosts need, then assign."""
-        self._broken_link_s = None
+        self._broken_links.begun_again()
         self._replan_due = False
         self._gather = None
         self._moved_s = now_s
@@ -204,6 +188,7 @@ class Ledger:
     def _roll_back(self) -> None:
         """No live copy of some stage: go back to the newest complete state."""
         self._holdings.clear()
+        self._evaluation_due = False
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.progress.rewind(self.step)
 
@@ -248,7 +233,7 @@ class Ledger:
 
     def _failed_once(self, now_s: float) -> list[Effect]:
         self._failures += 1
-        if self._failures > MAX_FAILURES:
+        if self._failures > patience.MAX_FAILURES:
             return self._end("failed", self.reason)
         return self._place(now_s)
 
@@ -277,22 +262,31 @@ class Ledger:
             case Applied():
                 return self._on_applied(peer, message, now_s)
             case Evaluated(step=step, source=source) if self.phase == "evaluating":
-                if step == self.step and source in plan and plan.host(source) == peer:
+                is_last = source.stage == plan.num_stages - 1
+                if is_last and step == self.step and source in plan and plan.host(source) == peer:
                     self._evaluated[source] = message
                     self._moved_s = now_s
                     if len(self._evaluated) == plan.num_slots:
                         return self._finish_evaluation(now_s)
             case Saved():
                 return self._on_saved(peer, message, now_s)
-            case Traffic(bytes_by_kind=bytes_by_kind, compute_s=compute_s):
-                self.progress.traffic(peer, bytes_by_kind, compute_s)
+            case Traffic():
+                self._moved_s = now_s if message.compute_s > 0 else self._moved_s
+                self.progress.traffic(peer, message)
             case Failed(reason=reason):
-                self._holdings.forget(peer)
-                self.reason = f"{peer}: {reason}"
-                return self._failed_once(now_s)
-            case LinkBroken() if self._broken_link_s is None:
-                self._broken_link_s = now_s
+                return self._on_failed(peer, reason, now_s)
+            case LinkBroken(peer=other):
+                self._broken_links.add(peer, other, now_s)
         return []
+
+    def _on_failed(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
+        """A worker cannot do its part: go on without it, unless nobody can."""
+        self._holdings.forget(peer)
+        self._pool.bar(peer, now_s)
+        self.reason = f"{peer}: {reason}"
+        if self._pool.is_hopeless(patience.MAX_STRIKES):
+            return self._end("failed", self.reason)
+        return [Hangup(peer), *self._place(now_s)]
 
     def _next(self, now_s: float) -> list[Effect]:
         """What comes after a commit, an evaluation or a placement."""
@@ -321,20 +315,21 @@ class Ledger:
         try:
             record = self._votes.commit(self.step, self.plan, manifest)
         except DisagreementError as error:
-            self.reason = str(error)
-            return self._failed_once(now_s)
+            return self._on_failed(error.peer, error.reason, now_s)
         except DivergedError as error:
             return self._end("failed", str(error))
         effects: list[Effect] = [Write(record)]
         effects += self._to_all(Commit(self.job, self.generation, self.step, record.scale))
         self.progress.committed(self.step, record.loss, now_s)
         self._failures = 0
+        self._broken_links.clear()
+        self._pool.forgive(self.plan.workers())
         self.reason = ""
         self.step += 1
         run = manifest.run
         due = run.checkpoint_every and self.step % run.checkpoint_every == 0
         if (due and not self._publications) or self.step >= manifest.num_steps:
-            effects += self._publish()
+            effects += self._publish(now_s)
         self._evaluation_due = bool(run.evaluate_every and self.step % run.evaluate_every == 0)
         return effects + self._next(now_s)
 
@@ -342,25 +337,28 @@ class Ledger:
         other = self._hashes.differs_from(peer, applied)
         if other is None:
             return []
+        # Nobody can tell which of the two is right: back to a state that both agreed on.
         self.reason = f"stage {applied.stage}: {peer} and {other} differ after step {applied.step}"
-        self._holdings.forget_stage(peer, applied.stage)
+        self._holdings.forget_stage(applied.stage)
         return self._failed_once(now_s)
 
     def _finish_evaluation(self, now_s: float) -> list[Effect]:
         losses = [x for at in sorted(self._evaluated) for x in self._evaluated[at].losses]
-        loss = fmean(losses) if losses else math.nan
+        loss = mean_loss(losses)
         self._evaluation_due = False
         self.progress.evaluated(self.step, loss)
         return [Write(on.EvaluationRecord(self.step, loss)), *self._next(now_s)]
 
     # ---- checkpoints -----------------------------------------------------------------------
 
-    def _publish(self) -> list[Effect]:
+    def _publish(self, now_s: float) -> list[Effect]:
         """Ask one holder of each stage for its state; training goes on meanwhile."""
         assert self.plan is not None
+        holders = {stage: row[0] for stage, row in enumerate(self.plan.slots)}
+        self._publications.ask(self.step, holders, now_s)
         return [
-            Send(self.plan.slots[stage][0], Save(self.job, self.generation, self.step, stage))
-            for stage in self._publications.ask(self.step, self.plan.num_stages)
+            Send(peer, Save(self.job, self.generation, self.step, stage))
+            for stage, peer in holders.items()
         ]
 
     def _on_saved(self, peer: PeerId, saved: Saved, now_s: float) -> list[Effect]:
@@ -369,12 +367,12 @@ class Ledger:
             del gather.awaited[stage]
             gather.sources[stage] = StateSource("fetch", saved.index, (peer,))
             return self._assign(now_s)
-        if self._publications.published(saved.step, stage, saved.index):
+        if self._publications.published(peer, saved.step, stage, saved.index):
             return [StoreState(stage, saved.step, saved.index, peer)]
         return []
 
-    def _on_stored(self, stage: int, step: int, now_s: float) -> list[Effect]:
-        checkpoint = self._publications.stored(step, stage)
+    def _on_stored(self, stage: int, step: int, index: BlobRef, now_s: float) -> list[Effect]:
+        checkpoint = self._publications.stored(step, stage, index)
         if checkpoint is None or (self.checkpoint and self.checkpoint.step >= step):
             return []
         self.checkpoint = checkpoint
@@ -386,9 +384,10 @@ class Ledger:
         trained = self.manifest.num_steps > 0
         if trained and (self.checkpoint is None or self.checkpoint.step != self.step):
             self.phase = "saving"
-            return [] if self.step in self._publications else self._publish()
+            return [] if self.step in self._publications else self._publish(now_s)
         self.phase = "serving"
         self._failures = 0
+        self._pool.forgive(self.plan.workers() if self.plan else ())
         self.progress.going_again(now_s)
         return []
 

@@ -7,7 +7,8 @@ from swarmnode.domain import Advert, PeerId
 
 COOL_DOWN_S = 5.0
 """A lost peer is not given work for this long, whatever its advert says; long enough for an
-advert from before the loss to arrive."""
+advert from before the loss to arrive. Doubles with each strike."""
+MAX_COOL_DOWN_S = 600.0
 
 
 class Pool:
@@ -17,6 +18,7 @@ class Pool:
         self._alive: dict[PeerId, Advert] = {}
         self._barred: dict[PeerId, tuple[float, float]] = {}
         """peer -> (when it has cooled down, end of the newest advert known by then)."""
+        self._strikes: dict[PeerId, int] = {}
 
     def see(self, peers: Sequence[Advert], now_s: float) -> None:
         """Take over what the directory says."""
@@ -26,10 +28,24 @@ class Pool:
                 self._barred[peer] = (until_s, self._alive[peer].expires_at_s)
 
     def bar(self, peer: PeerId, now_s: float) -> None:
-        """The peer is lost."""
+        """The peer is lost, or failed: no work for a while, and longer each time."""
         advert = self._alive.get(peer)
         known_until_s = advert.expires_at_s if advert else -math.inf
-        self._barred[peer] = (now_s + COOL_DOWN_S, known_until_s)
+        strikes = self._strikes.get(peer, 0)
+        self._strikes[peer] = strikes + 1
+        pause_s = min(MAX_COOL_DOWN_S, COOL_DOWN_S * 2.0 ** min(strikes, 10))
+        self._barred[peer] = (now_s + pause_s, known_until_s)
+
+    def forgive(self, peers: Sequence[PeerId]) -> None:
+        """These did their part of a step: their strikes are forgotten."""
+        for peer in peers:
+            self._strikes.pop(peer, None)
+
+    def is_hopeless(self, num_strikes: int) -> bool:
+        """Whether everybody who is alive has at least so many strikes."""
+        return bool(self._alive) and all(
+            self._strikes.get(peer, 0) >= num_strikes for peer in self._alive
+        )
 
     def usable(self, now_s: float) -> tuple[Advert, ...]:
         """Peers that may be given work, by id."""

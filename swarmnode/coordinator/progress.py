@@ -1,9 +1,8 @@
 """What people want to know of a job: losses, speed, traffic, recoveries. Decides nothing."""
 
-from collections.abc import Mapping
-
 from swarmnode.domain import PeerId
 from swarmnode.manifest import Manifest
+from swarmnode.messages import SentKind, Traffic
 
 
 class Progress:
@@ -23,8 +22,8 @@ class Progress:
         self._trains = manifest.num_steps > 0
         self._last_commit_s: float | None = None
         self._lost_s: float | None = None
-        self._sent: dict[PeerId, dict[str, int]] = {}
-        self._sent_before: dict[str, int] = {}
+        self._sent: dict[PeerId, dict[SentKind, int]] = {}
+        self._sent_before: dict[SentKind, int] = {}
 
     def committed(self, step: int, loss: float, now_s: float | None) -> None:
         """Step `step` is durable; `now_s` is None when it is read from a journal."""
@@ -63,13 +62,13 @@ class Progress:
         for kind, count in self._sent.pop(peer, {}).items():
             self._sent_before[kind] = self._sent_before.get(kind, 0) + count
 
-    def traffic(self, peer: PeerId, bytes_by_kind: Mapping[str, int], compute_s: float) -> None:
+    def traffic(self, peer: PeerId, traffic: Traffic) -> None:
         """A worker's counters since it took part; they only grow."""
-        self._sent[peer] = dict(bytes_by_kind)
-        self.compute_s += compute_s
+        self._sent[peer] = dict(traffic.bytes_by_kind)
+        self.compute_s += traffic.compute_s
 
     @property
-    def bytes_by_kind(self) -> dict[str, int]:
+    def bytes_by_kind(self) -> dict[SentKind, int]:
         total = dict(self._sent_before)
         for counts in self._sent.values():
             for kind, count in counts.items():

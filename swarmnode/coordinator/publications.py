@@ -1,54 +1,71 @@
 """Checkpoints on their way: asked of holders, published by them, stored by the coordinator."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from swarmnode.coordinator.events import CheckpointRecord
-from swarmnode.domain import BlobRef
+from swarmnode.domain import BlobRef, PeerId
+
+PATIENCE_S = 600.0
+"""A publication that is not complete by then is given up."""
+
+
+@dataclass
+class _Publication:
+    """The state after some step, stage by stage."""
+
+    asked: Mapping[int, PeerId]
+    since_s: float
+    indexes: dict[int, BlobRef] = field(default_factory=dict)
+    stored: set[int] = field(default_factory=set)
 
 
 class Publications:
     """States that were asked for, by step; complete when every stage's chunks are stored."""
 
     def __init__(self) -> None:
-        self._indexes: dict[int, dict[int, BlobRef | None]] = {}
-        self._stored: dict[int, set[int]] = {}
+        self._open: dict[int, _Publication] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._indexes)
+        return bool(self._open)
 
     def __contains__(self, step: int) -> bool:
-        return step in self._indexes
+        return step in self._open
 
-    def ask(self, step: int, num_stages: int) -> Iterator[int]:
-        """Begin to collect the state after `step` committed steps; the stages to ask for."""
-        self._indexes[step] = dict.fromkeys(range(num_stages))
-        self._stored[step] = set()
-        return iter(range(num_stages))
+    def ask(self, step: int, holders: Mapping[int, PeerId], now_s: float) -> None:
+        """`holders` (by stage) are asked for the state after `step` committed steps."""
+        self._open[step] = _Publication(dict(holders), now_s)
 
-    def published(self, step: int, stage: int, index: BlobRef) -> bool:
-        """A holder answered; False if nobody asked."""
-        if stage not in self._indexes.get(step, {}):
+    def published(self, peer: PeerId, step: int, stage: int, index: BlobRef) -> bool:
+        """A holder answered; False if this one was not asked, or answered before."""
+        wanted = self._open.get(step)
+        if wanted is None or wanted.asked.get(stage) != peer or stage in wanted.indexes:
             return False
-        self._indexes[step][stage] = index
+        wanted.indexes[stage] = index
         return True
 
-    def stored(self, step: int, stage: int) -> CheckpointRecord | None:
-        """The chunks of one stage are here; the checkpoint once all are."""
-        wanted = self._indexes.get(step)
-        if wanted is None:
+    def stored(self, step: int, stage: int, index: BlobRef) -> CheckpointRecord | None:
+        """The chunks of `index` are here; the checkpoint once those of every stage are."""
+        wanted = self._open.get(step)
+        if wanted is None or wanted.indexes.get(stage) != index:
             return None
-        self._stored[step].add(stage)
-        indexes = tuple(index for _, index in sorted(wanted.items()) if index is not None)
-        if len(self._stored[step]) < len(wanted):
+        wanted.stored.add(stage)
+        if wanted.stored != set(wanted.asked):
             return None
         self.give_up(step)
-        return CheckpointRecord(step, indexes)
+        return CheckpointRecord(step, tuple(wanted.indexes[s] for s in sorted(wanted.asked)))
 
     def give_up(self, step: int) -> None:
-        self._indexes.pop(step, None)
-        self._stored.pop(step, None)
+        self._open.pop(step, None)
 
     def give_up_unanswered(self) -> None:
         """A new generation begins: holders that have not answered yet will not."""
-        for step in [s for s, indexes in self._indexes.items() if None in indexes.values()]:
-            self.give_up(step)
+        for step, wanted in list(self._open.items()):
+            if set(wanted.indexes) != set(wanted.asked):
+                self.give_up(step)
+
+    def expire(self, now_s: float) -> None:
+        """Give up what has taken too long."""
+        for step, wanted in list(self._open.items()):
+            if now_s - wanted.since_s > PATIENCE_S:
+                self.give_up(step)

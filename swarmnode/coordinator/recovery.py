@@ -21,8 +21,8 @@ class Holdings:
         for peers in self._held_by:
             peers.discard(peer)
 
-    def forget_stage(self, peer: PeerId, stage: int) -> None:
-        self._held_by[stage].discard(peer)
+    def forget_stage(self, stage: int) -> None:
+        self._held_by[stage].clear()
 
     def clear(self) -> None:
         for peers in self._held_by:

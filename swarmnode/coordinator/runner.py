@@ -61,6 +61,7 @@ class JobRunner:
         self._events: asyncio.Queue[on.Event] = asyncio.Queue(4096)
         self._lines: dict[PeerId, _Line] = {}
         self._group: asyncio.TaskGroup | None = None
+        self._num_changes = 0
         self._condition = asyncio.Condition()
 
     async def run(self) -> None:
@@ -77,25 +78,37 @@ class JobRunner:
                     if self.ledger.phase != phase or isinstance(event, on.WorkerLost):
                         self._report(event)
                     self._tools.on_changed(self.ledger)
-                    async with self._condition:
-                        self._condition.notify_all()
+                    await self._notify()
                 await self._say_goodbye()
                 ticker.cancel()
         finally:
             self._tools.switch.leave(self.ledger.job, head=True)
             self._journal.close()
+            await asyncio.shield(self._notify())
 
-    async def changed(self) -> None:
-        """Wait for the next event."""
+    async def changed(self, since: int) -> int:
+        """Wait until more than `since` events were handled; how many were. Starts with 0."""
         async with self._condition:
-            await self._condition.wait()
+            await self._condition.wait_for(lambda: self._num_changes > since)
+            return self._num_changes
+
+    async def _notify(self) -> None:
+        async with self._condition:
+            self._num_changes += 1
+            self._condition.notify_all()
+
+    def give_up(self, reason: str) -> None:
+        """The shell cannot go on: the job has failed as far as this life of the node goes."""
+        self.ledger.phase, self.ledger.reason = "failed", reason
+        self._tools.on_changed(self.ledger)
 
     async def tell(self, event: on.Event) -> None:
         await self._events.put(event)
 
+    @property
     def checkpoints(self) -> list[on.CheckpointRecord]:
         """Every checkpoint that the journal names, the oldest first."""
-        return [r for r in self._journal.records if isinstance(r, on.CheckpointRecord)]
+        return list(self._journal.checkpoints)
 
     def _report(self, event: on.Event) -> None:
         ledger = self.ledger
@@ -199,6 +212,6 @@ class JobRunner:
             # A state of our own worker lies in its file, which the next export replaces.
             await asyncio.to_thread(tools.store.own, (effect.index, *index.chunks()))
         except (SwarmError, OSError) as error:
-            await self.tell(on.StateLost(effect.stage, effect.step, str(error)))
+            await self.tell(on.StateLost(effect.stage, effect.step, effect.index, str(error)))
         else:
-            await self.tell(on.StateStored(effect.stage, effect.step))
+            await self.tell(on.StateStored(effect.stage, effect.step, effect.index))

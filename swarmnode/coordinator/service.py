@@ -1,9 +1,12 @@
 """The coordinator side of a node: takes jobs, runs them, brings them back after a restart."""
 
 import asyncio
+import contextlib
 import json
 import os
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from swarmnode.coordinator.cost import ModelFacts
 from swarmnode.coordinator.head import Head
 from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.replay import replay
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver import solve
 from swarmnode.coordinator.submission import SizesOf, prepare, unpack_folder
@@ -20,6 +24,7 @@ from swarmnode.domain import BlobRef, JobId, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
 from swarmnode.manifest import Manifest, check, parse_job
 from swarmnode.p2p.identity import Identity
+from swarmnode.p2p.session import first_error
 from swarmnode.p2p.states import (
     MOMENT_SUFFIXES,
     IndexedTensor,
@@ -106,11 +111,11 @@ class CoordinatorService:
         Raises: ManifestError, DataError, CapacityError, each with one clear line.
         """
         job = parse_job(raw, base=base, source="job")
-        scratch = self._directory / "scratch"
-        scratch.mkdir(parents=True, exist_ok=True)
-        prepared = await prepare(
-            job, self._identity.peer, self._tools.store, scratch, self._sizes_of
-        )
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._directory, prefix=".submit-") as scratch:
+            prepared = await prepare(
+                job, self._identity.peer, self._tools.store, Path(scratch), self._sizes_of
+            )
         manifest, facts = prepared.manifest, prepared.facts
         solve(self._tools.peers(), facts, manifest)  # refuses now what could not start
         canonical = manifest.canonical()
@@ -126,7 +131,7 @@ class CoordinatorService:
         self._start(manifest, facts, bytes.fromhex(saved["signature"]), directory)
         return manifest.job
 
-    def restore(self) -> None:
+    async def restore(self) -> None:
         """Start again every job that an earlier life of this node had not ended."""
         for path in sorted(self._directory.glob(f"*/{JOB_FILE}")):
             try:
@@ -134,11 +139,19 @@ class CoordinatorService:
                 manifest = check(Manifest, saved["manifest"], str(path))
                 facts = ModelFacts(**saved["facts"])
                 if manifest.model.weights is not None and saved["weights_path"]:
-                    _, ranges = index_tensors(read_header(Path(saved["weights_path"])), 0)
-                    self._tools.store.add_ranges(ranges)
+                    await asyncio.to_thread(self._offer_weights, Path(saved["weights_path"]))
                 self._start(manifest, facts, bytes.fromhex(saved["signature"]), path.parent)
             except (SwarmError, OSError, ValueError, KeyError, TypeError) as error:
                 self._tools.log("job not restored", path=str(path), reason=str(error))
+
+    def _offer_weights(self, folder: Path) -> None:
+        """Serve the folder that a job started from again; without it a checkpoint must do."""
+        try:
+            _, ranges = index_tensors(read_header(folder), 0)
+        except (SwarmError, OSError) as error:
+            self._tools.log("weights not offered again", path=str(folder), reason=str(error))
+        else:
+            self._tools.store.add_ranges(ranges)
 
     def _start(
         self, manifest: Manifest, facts: ModelFacts, signature: bytes, directory: Path
@@ -149,15 +162,42 @@ class CoordinatorService:
         tokenizer = load_tokenizer(tokenizer_directory)
         journal = Journal(directory / JOURNAL_FILE)
         ledger = Ledger(manifest, facts, me, signature, time.monotonic())
-        ledger.replay(journal.records)
+        replay(ledger, self._readable(journal.found))
         runner = JobRunner(ledger, manifest.canonical(), journal, self._tools)
 
         def serving_plan() -> Plan | None:
-            return ledger.plan if ledger.phase in ("training", "serving", "saving") else None
+            is_placed = ledger.phase in ("training", "evaluating", "saving", "serving")
+            return ledger.plan if is_placed else None
 
         head = Head(manifest.job, me, switch, serving_plan)
         self._jobs[manifest.job] = RunningJob(runner, manifest, facts, directory, tokenizer, head)
-        self._group.create_task(runner.run(), name=f"job {manifest.job}")
+        self._group.create_task(self._run(runner), name=f"job {manifest.job}")
+
+    async def _run(self, runner: JobRunner) -> None:
+        """Run one job; whatever goes wrong with it stays its own affair.
+
+        A job that ends here without a record in its journal is taken up again at the next start.
+        """
+        try:
+            await runner.run()
+        except Exception as error:  # a full disk, or a bug of ours: the node's other jobs go on
+            failure = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+            runner.give_up(f"{type(failure).__name__}: {failure}; restart the node to go on")
+            self._tools.log("job gave up", job=runner.ledger.job, reason=str(failure))
+
+    def _readable(self, records: Sequence[on.Record]) -> list[on.Record]:
+        """The journal without checkpoints of which a chunk is gone or damaged."""
+        store, kept = self._tools.store, []
+        for record in records:
+            if isinstance(record, on.CheckpointRecord):
+                try:
+                    whole = all(store.has(ref) for ref in self._chunks_of(record))
+                except SwarmError:
+                    whole = False
+                if not whole:
+                    continue
+            kept.append(record)
+        return kept
 
     async def stop(self, name: str) -> None:
         """End a job: release its workers, keep its checkpoints."""
@@ -173,7 +213,7 @@ class CoordinatorService:
         kept: set[BlobRef] = set()
         replaced: list[on.CheckpointRecord] = []
         for job in self.jobs:
-            records = job.runner.checkpoints()
+            records = job.runner.checkpoints
             replaced += records[:-NUM_KEPT_CHECKPOINTS]
             for record in records[-NUM_KEPT_CHECKPOINTS:]:
                 kept |= self._chunks_of(record)
@@ -186,7 +226,8 @@ class CoordinatorService:
         store, found = self._tools.store, set(record.indexes)
         for ref in record.indexes:
             if store.has(ref):
-                found |= set(TensorIndex.from_json(store.read(ref)).chunks())
+                with contextlib.suppress(SwarmError):  # damaged: nobody can use its chunks
+                    found |= set(TensorIndex.from_json(store.read(ref)).chunks())
         return found
 
     # ---- giving weights back ---------------------------------------------------------------

@@ -1,6 +1,9 @@
 """What workers say of a step: when it is complete, whether they agree, what it adds up to."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from swarmnode.coordinator.events import CommitRecord
@@ -10,8 +13,15 @@ from swarmnode.manifest import Manifest
 from swarmnode.messages import Applied, Ready
 
 
+@dataclass(eq=False)
 class DisagreementError(SwarmError):
-    """The READYs contradict each other: do not commit, compute the step again."""
+    """What workers say cannot all be true: do not commit, give `peer` no work for a while."""
+
+    peer: PeerId
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class DivergedError(SwarmError):
@@ -43,13 +53,17 @@ class Votes:
         for at in sorted(self._ready):
             for group, value in self._ready[at].sums_of_squares:
                 sums.setdefault(group, value)
-        norm = math.sqrt(math.fsum(sums.values()))
+        squares = list(sums.values())
+        is_finite = all(0 <= square < 1e300 for square in squares)
+        norm = math.sqrt(math.fsum(squares)) if is_finite else math.inf
         by_microbatch = {
             microbatch: loss
             for ready in self._ready.values()
             for microbatch, loss in zip(ready.microbatches, ready.losses, strict=False)
         }
-        loss = fmean(by_microbatch[mb] for mb in sorted(by_microbatch))
+        loss = mean_loss([by_microbatch[mb] for mb in sorted(by_microbatch)])
+        if math.isfinite(norm):
+            self._check_losses(plan)
         if not math.isfinite(norm) or not math.isfinite(loss):
             raise DivergedError(
                 f"step {step}: loss {loss:g}, gradient norm {norm:g}; "
@@ -64,13 +78,55 @@ class Votes:
         last = plan.num_stages - 1
         for at, ready in sorted(self._ready.items()):
             owned = tuple(range(at.slot, num_microbatches, plan.num_slots))
-            where = f"stage {at.stage} slot {at.slot}"
+            where, peer = f"stage {at.stage} slot {at.slot}", plan.host(at)
             if tuple(sorted(ready.microbatches)) != owned:
-                raise DisagreementError(f"{where} counted {ready.microbatches}, not {owned}")
-            if at.stage == last and len(ready.losses) != len(owned):
-                raise DisagreementError(f"{where} gave {len(ready.losses)} losses")
-            if ready.digest != self._ready[SlotId(at.stage, 0)].digest:
-                raise DisagreementError(f"{where} holds another gradient than slot 0")
+                raise DisagreementError(peer, f"{where} counted {ready.microbatches}, not {owned}")
+            if len(ready.losses) != (len(owned) if at.stage == last else 0):
+                raise DisagreementError(peer, f"{where} gave {len(ready.losses)} losses")
+            if any(value < 0 for _, value in ready.sums_of_squares):
+                raise DisagreementError(peer, f"{where} gave a negative sum of squares")
+        for stage in range(plan.num_stages):
+            self._check_stage(plan, stage)
+
+    def _check_losses(self, plan: Plan) -> None:
+        """A loss that is not finite has a gradient that is not: else somebody is wrong."""
+        for at, ready in sorted(self._ready.items()):
+            if ready.losses and not math.isfinite(mean_loss(ready.losses)):
+                where = f"stage {at.stage} slot {at.slot}"
+                raise DisagreementError(plan.host(at), f"{where} gave impossible losses")
+
+    def _check_stage(self, plan: Plan, stage: int) -> None:
+        """All slots of a stage hold the same gradient; the odd one out is named.
+
+        Sums may differ in rounding between kinds of machines, digests may not.
+        """
+        said = [self._ready[SlotId(stage, slot)] for slot in range(plan.num_slots)]
+        usual = Counter(ready.digest for ready in said).most_common(1)[0][0]
+        first = next(ready for ready in said if ready.digest == usual)
+        for ready in reversed(said):
+            if ready.digest != usual or not _are_close(
+                ready.sums_of_squares, first.sums_of_squares
+            ):
+                where = f"stage {stage} slot {ready.source.slot}"
+                peer = plan.host(ready.source)
+                raise DisagreementError(peer, f"{where} holds another gradient than most")
+
+
+def _are_close(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> bool:
+    """Whether sums by group are equal up to rounding, or not finite in the same groups."""
+    mine, other = dict(ours), dict(theirs)
+    return mine.keys() == other.keys() and all(
+        math.isclose(mine[g], other[g], rel_tol=1e-6)
+        or not (math.isfinite(mine[g]) or math.isfinite(other[g]))
+        for g in mine
+    )
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """The mean, or NaN where a value is not finite or so large that the sum is not."""
+    if not losses or not all(math.isfinite(loss) and abs(loss) < 1e30 for loss in losses):
+        return math.nan
+    return fmean(losses)
 
 
 class StateHashes:

@@ -23,7 +23,7 @@ CLOCK_SLACK_S = 10.0
 """How far the clocks of two honest peers may differ."""
 _CONTEXT = b"swarmnode advert\0"
 _FORMAT = 1
-_MAX_ADDRESSES = 16
+MAX_ADDRESSES = 16
 _SIGNATURE_BYTES = 64
 _DTYPES = ("bfloat16", "float32")
 _ADDRESS = re.compile(r"(?:/[A-Za-z0-9._:%-]{1,128}){2,24}")
@@ -180,7 +180,7 @@ def _check(advert: Advert) -> None:
     device, limits = advert.device, advert.limits
     suffix = f"/p2p/{advert.peer}"
     checks = (
-        (1 <= len(advert.addresses) <= _MAX_ADDRESSES, "number of addresses"),
+        (1 <= len(advert.addresses) <= MAX_ADDRESSES, "number of addresses"),
         (len(set(advert.addresses)) == len(advert.addresses), "repeated address"),
         (all(_is_address(a) and a.endswith(suffix) for a in advert.addresses), "address"),
         (device.kind in ("cpu", "cuda"), "device kind"),

@@ -14,6 +14,7 @@ from swarmnode.errors import PeerError, PeerLostError, ProtocolError
 from swarmnode.messages import (
     Frame,
     Message,
+    SentKind,
     SessionClose,
     SessionFailed,
     SessionFrame,
@@ -23,7 +24,9 @@ from swarmnode.p2p.ports import EndOfStream, Stream, Transport
 from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack, unpack
 
 MAX_QUEUED_FRAMES = 1024
-SEND_TIMEOUT_S = 30.0
+MIN_TIMEOUT_S = 30.0
+MIN_BYTES_PER_S = 64 << 10
+"""A link that is slower than this is as good as broken."""
 
 TensorMessage = Frame | SessionFrame | SessionToken | SessionFailed | SessionClose
 Deliver = Callable[[TensorMessage, bytes | bytearray | memoryview], Awaitable[None]]
@@ -46,7 +49,7 @@ class _Entry:
     to_head: Deliver | None = None
     on_broken: Callable[[PeerId, str], None] = lambda _peer, _reason: None
     lanes: dict[PeerId, _Lane] = field(default_factory=dict)
-    sent: dict[str, int] = field(default_factory=dict)
+    sent: dict[SentKind, int] = field(default_factory=dict)
 
 
 class Switch:
@@ -82,7 +85,7 @@ class Switch:
         entry.to_worker = to_worker or entry.to_worker
         entry.to_head = to_head or entry.to_head
         entry.on_broken = on_broken or entry.on_broken
-        for peer in [p for p in entry.lanes if not plan.names(p)]:
+        for peer in [p for p in entry.lanes if not entry.plan.names(p)]:
             entry.lanes.pop(peer).task.cancel()
 
     def leave(self, job: JobId, *, worker: bool = False, head: bool = False) -> None:
@@ -104,7 +107,7 @@ class Switch:
         entry = self._jobs.get(job)
         return entry is not None and entry.plan.names(peer)
 
-    def sent(self, job: JobId) -> dict[str, int]:
+    def sent(self, job: JobId) -> dict[SentKind, int]:
         """Bytes put on the wire for `job` so far, by kind."""
         entry = self._jobs.get(job)
         return dict(entry.sent) if entry else {}
@@ -164,21 +167,28 @@ class Switch:
             )
             while True:
                 message, payload = await queue.get()
+                if message.generation != entry.plan.generation:
+                    continue
                 header = pack(message)
-                async with asyncio.timeout(SEND_TIMEOUT_S):
+                async with asyncio.timeout(MIN_TIMEOUT_S + len(payload) / MIN_BYTES_PER_S):
                     await stream.send(header, payload)
-                kind = message.kind if isinstance(message, Frame) else "session"
+                kind: SentKind = message.kind if isinstance(message, Frame) else "session"
                 num_bytes = len(header) + len(payload)
                 entry.sent[kind] = entry.sent.get(kind, 0) + num_bytes
                 self._on_sent(kind, num_bytes)
         except (PeerError, TimeoutError) as error:
             entry.on_broken(peer, str(error) or "takes nothing off the wire")
         finally:
+            while not queue.empty():  # whoever waits for room finds the lane closed
+                queue.get_nowait()
             if stream is not None:
                 await stream.reset()
 
     async def _accept(self, stream: Stream) -> None:
-        """Serve one incoming tensor stream."""
+        """Serve one incoming tensor stream, of a peer that some plan names."""
+        if not any(entry.plan.names(stream.peer) for entry in self._jobs.values()):
+            self._on_dropped("refused_peer")
+            raise ProtocolError(f"{stream.peer} has no part in any job here")
         while True:
             try:
                 message, payload = unpack(await stream.receive())

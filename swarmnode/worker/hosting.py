@@ -31,6 +31,7 @@ from swarmnode.messages import (
     Release,
     Save,
     Saved,
+    SentKind,
     SessionClose,
     SessionFailed,
     SessionFrame,
@@ -47,6 +48,9 @@ from swarmnode.p2p.switch import Switch, TensorMessage
 from swarmnode.tensorfiles import read_header
 from swarmnode.tokens import TokenIndex
 from swarmnode.wire import pack, unpack
+
+REPORT_S = 5.0
+"""Seconds of computing after which the coordinator is told, also in the middle of a step."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class JobHost:
         self._assigning: asyncio.Task[None] | None = None
         self._compute_s = 0.0
         self._control_bytes = 0
-        self._files: dict[int, Path] = {}
+        self._files: dict[int, list[Path]] = {}
 
     @property
     def job(self) -> JobId:
@@ -117,6 +121,8 @@ class JobHost:
         assert self._group is not None
         match message:
             case Assign():
+                if message.plan.coordinator != self.manifest.submitter:
+                    raise ProtocolError("an assignment by somebody else")
                 if self._assigning is not None:
                     self._assigning.cancel()
                 self._assigning = self._group.create_task(
@@ -190,6 +196,9 @@ class JobHost:
         await self._fetch(index.chunks(), plan, source.providers)
         path = self._directory / f"fetched-{stage}-{step}-{plan.generation}.safetensors"
         await asyncio.to_thread(write_safetensors, path, index.tensors, self._tools.store.read)
+        if plan.coordinator != self._tools.me:  # there they may be a checkpoint's
+            for ref in (source.index, *index.chunks()):
+                self._tools.store.remove(ref)
         return "load", str(path)
 
     async def _fetch(
@@ -255,11 +264,13 @@ class JobHost:
             case Busy(compute_s=compute_s):
                 self._compute_s += compute_s
                 self._tools.on_compute(compute_s)
+                if self._compute_s > REPORT_S:  # a long step: say that we are at it
+                    self._post_traffic()
             case _:
                 raise ProtocolError(f"the child does not send {type(message).__name__}")
 
     async def _publish(self, exported: Exported) -> None:
-        """Serve an exported state in chunks; the stage's earlier export is dropped."""
+        """Serve an exported state in chunks; of each stage the last two exports are kept."""
         path = Path(exported.path)
         try:
             spans = read_header(path)
@@ -269,11 +280,11 @@ class JobHost:
         except (SwarmError, OSError) as error:
             self._post(Failed(self.job, exported.generation, f"cannot publish: {error}"))
             return
-        earlier = self._files.pop(exported.stage, None)
-        if earlier is not None and earlier != path:
+        kept = [file for file in self._files.get(exported.stage, []) if file != path] + [path]
+        for earlier in kept[:-2]:
             self._tools.store.drop_ranges(earlier)
             earlier.unlink(missing_ok=True)
-        self._files[exported.stage] = path
+        self._files[exported.stage] = kept[-2:]
         self._post(Saved(self.job, exported.generation, exported.step, exported.stage, ref))
 
     def _drop_fetched(self, generation: Generation) -> None:
@@ -289,7 +300,7 @@ class JobHost:
             self._conversation.post(message)
 
     def _post_traffic(self) -> None:
-        sent = self._tools.switch.sent(self.job)
+        sent: dict[SentKind, int] = self._tools.switch.sent(self.job)
         sent["control"] = self._control_bytes
         self._post(Traffic(self.job, sent, self._compute_s))
         self._compute_s = 0.0

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class WorkerService:
         self._on_dropped = on_dropped
         self._log = log
         self._running: dict[JobId, _Running] = {}
+        shutil.rmtree(tools.directory, ignore_errors=True)  # of a life that was killed
         transport.serve(CONTROL_PROTOCOL, self._accept, max_message_bytes=MAX_CONTROL_BYTES)
 
     def hosts(self) -> tuple[JobHost, ...]:
@@ -54,8 +56,7 @@ class WorkerService:
             self._on_dropped("bad_assignment")
             self._log("assignment refused", peer=stream.peer, reason=str(error))
             return
-        earlier = self._running.get(manifest.job)
-        if earlier is not None:
+        while (earlier := self._running.get(manifest.job)) is not None:
             earlier.task.cancel()
             await asyncio.wait([earlier.task])
         task = asyncio.current_task()

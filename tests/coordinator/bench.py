@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.cost import ModelFacts
 from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.replay import replay
 from swarmnode.domain import Advert, BlobRef, DeviceSpec, Limits, PeerId, Plan, SlotId
 from swarmnode.manifest import (
     BatchConfig,
@@ -141,7 +142,7 @@ class Bench:
         self.job = job
         self.now_s = 0.0
         self.ledger = Ledger(job, FACTS, PeerId("a"), b"", self.now_s)
-        self.ledger.replay(records or [])
+        replay(self.ledger, records or [])
         self.adverts = {PeerId(name): advert(name) for name in names}
         self.workers = {peer: Worker(peer, job.batch) for peer in self.adverts}
         self.journal: list[on.Record] = list(records or [])
@@ -165,8 +166,8 @@ class Bench:
                     if peer in self.workers:
                         for answer in self.workers[peer].take(message, self.published):
                             self.inbox.append(on.Heard(peer, answer))
-                case on.StoreState(stage, step):
-                    self.inbox.append(on.StateStored(stage, step))
+                case on.StoreState(stage, step, index):
+                    self.inbox.append(on.StateStored(stage, step, index))
 
     def next(self) -> on.Event:
         event = self.inbox.popleft()

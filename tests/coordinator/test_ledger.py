@@ -7,7 +7,7 @@ import pytest
 from swarmnode.coordinator import events as on
 from swarmnode.domain import Generation, PeerId
 from swarmnode.messages import Assign, Commit, Failed, LinkBroken, Ready
-from tests.coordinator.bench import Bench, advert, manifest
+from tests.coordinator.bench import BLOB, Bench, advert, manifest
 
 STEPS = 5
 
@@ -205,16 +205,86 @@ def test_a_broken_link_between_live_workers_begins_the_step_again() -> None:
     assert bench.commits() == list(range(STEPS))
 
 
-def test_a_job_whose_workers_keep_failing_fails_with_their_reason() -> None:
+def fail(bench: Bench, name: str) -> None:
+    bench.inbox.clear()
+    failure = Failed(bench.ledger.job, bench.ledger.generation, "out of memory")
+    bench.feed(on.Heard(PeerId(name), failure))
+
+
+def test_a_worker_that_fails_again_and_again_is_replaced_and_the_job_goes_on() -> None:
     bench = Bench(manifest(steps=STEPS), "abcd").start()
     for _ in range(20):
+        if bench.ledger.plan is not None and "b" in bench.ledger.plan.workers():
+            fail(bench, "b")
+    assert bench.ledger.phase == "placing"
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+
+
+def test_a_job_that_nobody_can_do_fails_with_the_reason() -> None:
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    for moment in range(200):
         if bench.ledger.is_over:
             break
-        bench.inbox.clear()
-        failure = Failed(bench.ledger.job, bench.ledger.generation, "out of memory")
-        bench.feed(on.Heard(PeerId("b"), failure))
+        bench.now_s += 20.0
+        bench.adverts = {p: advert(p, until_s=1e9 + moment) for p in bench.adverts}
+        bench.start()
+        for name in "abcd":
+            if bench.ledger.plan is not None and name in bench.ledger.plan.workers():
+                fail(bench, name)
     assert bench.ledger.phase == "failed"
     assert "out of memory" in bench.ledger.reason
+
+
+def test_impossible_numbers_from_a_worker_cost_that_worker_its_place_not_the_job() -> None:
+    for change in (
+        {"sums_of_squares": ((0, -1.0),)},
+        {"sums_of_squares": ((0, float("nan")),)},
+        {"losses": (float("inf"), float("-inf"))},
+    ):
+        bench = Bench(manifest(steps=1), "abcd").start()
+        while bench.ledger.phase != "training":
+            bench.next()
+        first = bench.inbox.popleft()
+        assert isinstance(first, on.Heard)
+        assert isinstance(first.message, Ready)
+        bench.inbox.append(on.Heard(first.peer, dataclasses.replace(first.message, **change)))
+        bench.run()
+        assert bench.commits() == [0], change
+
+
+def test_a_link_that_breaks_again_costs_an_end_its_place() -> None:
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    for _ in range(3):
+        while bench.ledger.phase != "training":
+            bench.next()
+        plan = bench.ledger.plan
+        assert plan is not None
+        if not {"b", "c"} <= set(plan.workers()):
+            break
+        bench.inbox.clear()
+        broken = LinkBroken(bench.ledger.job, bench.ledger.generation, PeerId("c"), "reset")
+        bench.feed(on.Heard(PeerId("b"), broken))
+        bench.now_s += 3.0
+        bench.feed(on.Tick())
+    else:
+        raise AssertionError("b and c are still asked to work together")
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+
+
+def test_a_checkpoint_is_complete_only_with_the_states_that_were_named() -> None:
+    bench = Bench(manifest(slots=1, steps=STEPS), "abc").start()
+    while not any(isinstance(e, on.StateStored) for e in bench.inbox):
+        bench.next()
+    stored = [e for e in bench.inbox if isinstance(e, on.StateStored)]
+    wrong = dataclasses.replace(stored[0], index=BLOB)
+    bench.feed(wrong)
+    bench.feed(dataclasses.replace(wrong, stage=1 - wrong.stage))
+    assert bench.ledger.checkpoint is None
+    bench.run()
+    assert bench.ledger.checkpoint is not None
+    assert len(bench.ledger.checkpoint.indexes) == 2
 
 
 def test_a_restarted_coordinator_goes_on_from_the_checkpoint_with_a_higher_generation() -> None:

@@ -1,5 +1,5 @@
 """Placement: which machine hosts which slot."""
 
-from swarmnode.coordinator.solver.fill import Decision, solve
+from swarmnode.coordinator.solver.fill import Decision, newcomers_help, solve
 
-__all__ = ["Decision", "solve"]
+__all__ = ["Decision", "newcomers_help", "solve"]

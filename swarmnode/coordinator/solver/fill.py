@@ -20,6 +20,9 @@ from swarmnode.domain import Advert, PeerId, Plan, SlotId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import JobBase
 
+WORTH_MOVING = 0.9
+"""A running job moves to a placement whose predicted step takes at most this share of today's."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -120,3 +123,18 @@ def solve(
         reasons=tuple(reasons),
         moved=tuple(moved),
     )
+
+
+def newcomers_help(
+    peers: Sequence[Advert], facts: ModelFacts, job: JobBase, plan: Plan | None
+) -> bool:
+    """Whether machines without work would make the step clearly faster than under `plan`."""
+    if plan is None or not {advert.peer for advert in peers} - set(plan.workers()):
+        return False
+    if all(len(plan.hosted_by(peer)) == 1 for peer in plan.workers()):
+        return False
+    try:
+        decision = solve(peers, facts, job, previous=plan, keep=False)
+    except CapacityError:  # adverts of machines at work are missing for a moment
+        return False
+    return decision.cost_s < WORTH_MOVING * plan.predicted_step_s

@@ -75,8 +75,8 @@ class Engine:
             self.dropped["type"] += 1
         elif self._setup is None or message.job != self._job:
             self.dropped["job"] += 1
-        elif message.generation != self._generation:
-            self.dropped["generation"] += 1
+        elif message.generation != self._generation and not isinstance(message, Export):
+            self.dropped["generation"] += 1  # an export names the step it wants, that is enough
         else:
             self._guarded(lambda: self._dispatch(message, payload))
 
