@@ -8,17 +8,15 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from swarmnode import __version__, telemetry
 from swarmnode.config import NodeConfig
-from swarmnode.coordinator.cost import ModelFacts
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
-from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
+from swarmnode.domain import Advert, DeviceSpec, Limits, ModelFacts, PeerId
 from swarmnode.errors import BusyError, ChildError, PeerError, SwarmError, UserError
 from swarmnode.home import load_token, locked, write_private
 from swarmnode.http import server
@@ -34,7 +32,7 @@ from swarmnode.p2p.session import first_error
 from swarmnode.p2p.streams import Libp2pTransport
 from swarmnode.p2p.switch import Switch
 from swarmnode.worker.hosting import HostTools
-from swarmnode.worker.models.tool import export_model, model_sizes
+from swarmnode.worker.models.tool import export_model, model_facts
 from swarmnode.worker.probe import probe
 from swarmnode.worker.service import WorkerService
 
@@ -217,7 +215,7 @@ class Daemon:
                 log=self._log,
             ),
             group,
-            self._sizes_of,
+            self._facts_of,
         )
         serve_blobs(
             transport,
@@ -377,11 +375,10 @@ class Daemon:
             if config.targets_directory is not None:
                 telemetry.remove_target(config.targets_directory, peer=self._identity.peer)
 
-    async def _sizes_of(
+    async def _facts_of(
         self, config: Mapping[str, Any], stages: int, stored: tuple[str, ...] | None
     ) -> ModelFacts:
-        sizes = await model_sizes(config, self._config.home / "model-tool.log", stages, stored)
-        return ModelFacts(**asdict(sizes))
+        return await model_facts(config, self._config.home / "model-tool.log", stages, stored)
 
     async def _export_model(
         self, config: Mapping[str, Any], weights: Path, tokenizer: Path, directory: Path

@@ -34,6 +34,23 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a model, in numbers of weights; what placement needs to know of it."""
+
+    num_layers: int
+    layer_weights: int
+    """Weights of one decoder layer (the largest)."""
+    first_weights: int
+    """Weights of the embeddings, held by the first stage."""
+    last_weights: int
+    """Weights of the final norm and the head, held by the last stage."""
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    tied: bool
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the volunteer allows."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from swarmnode.domain import Advert, PeerId
+from swarmnode.domain import Advert, ModelFacts, PeerId
 from swarmnode.manifest import JobBase
 
 BYTES_PER_WEIGHT = 4
@@ -22,23 +22,6 @@ ACTIVATION_FACTOR = 40
 attention and MLP intermediates in float32, measured loosely from above."""
 COMPUTE_EFFICIENCY = 0.4
 """Share of the measured matrix FLOP/s that a small transformer reaches."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Sizes of a model, in numbers of weights; what placement needs to know of it."""
-
-    num_layers: int
-    layer_weights: int
-    """Weights of one decoder layer (the largest)."""
-    first_weights: int
-    """Weights of the embeddings, held by the first stage."""
-    last_weights: int
-    """Weights of the final norm and the head, held by the last stage."""
-    hidden_size: int
-    vocab_size: int
-    max_positions: int
-    tied: bool
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Literal
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator import patience
-from swarmnode.coordinator.cost import ModelFacts
 from swarmnode.coordinator.events import Effect, Event, Hangup, Send, StoreState, Write
 from swarmnode.coordinator.pool import Pool
 from swarmnode.coordinator.progress import Progress
@@ -25,7 +24,7 @@ from swarmnode.coordinator.votes import (
     Votes,
     mean_loss,
 )
-from swarmnode.domain import Advert, BlobRef, Generation, PeerId, Plan, SlotId
+from swarmnode.domain import Advert, BlobRef, Generation, ModelFacts, PeerId, Plan, SlotId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from swarmnode.coordinator import events as on
-from swarmnode.coordinator.cost import ModelFacts
 from swarmnode.coordinator.head import Head
 from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.replay import replay
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver import solve
-from swarmnode.coordinator.submission import SizesOf, prepare, unpack_folder
-from swarmnode.domain import BlobRef, JobId, PeerId, Plan
+from swarmnode.coordinator.submission import FactsOf, prepare, unpack_folder
+from swarmnode.domain import BlobRef, JobId, ModelFacts, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
 from swarmnode.manifest import Manifest, check, parse_job
 from swarmnode.p2p.identity import Identity
@@ -68,13 +67,13 @@ class CoordinatorService:
         directory: Path,
         tools: RunnerTools,
         group: asyncio.TaskGroup,
-        sizes_of: SizesOf,
+        facts_of: FactsOf,
     ) -> None:
         self._identity = identity
         self._directory = directory
         self._tools = replace(tools, on_checkpoint=self._collect)
         self._group = group
-        self._sizes_of = sizes_of
+        self._facts_of = facts_of
         self._jobs: dict[JobId, RunningJob] = {}
 
     @property
@@ -114,7 +113,7 @@ class CoordinatorService:
         self._directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._directory, prefix=".submit-") as scratch:
             prepared = await prepare(
-                job, self._identity.peer, self._tools.store, Path(scratch), self._sizes_of
+                job, self._identity.peer, self._tools.store, Path(scratch), self._facts_of
             )
         manifest, facts = prepared.manifest, prepared.facts
         solve(self._tools.peers(), facts, manifest)  # refuses now what could not start

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swarmnode.coordinator.corpus import build_corpus
-from swarmnode.coordinator.cost import ModelFacts
-from swarmnode.domain import BlobRef, PeerId
+from swarmnode.domain import BlobRef, ModelFacts, PeerId
 from swarmnode.errors import DataError, ManifestError
 from swarmnode.manifest import DataContent, JobBase, JobFile, Manifest, ModelContent
 from swarmnode.p2p.blob_store import BlobStore
@@ -28,7 +27,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-SizesOf = Callable[[Mapping[str, Any], int, tuple[str, ...] | None], Awaitable[ModelFacts]]
+FactsOf = Callable[[Mapping[str, Any], int, tuple[str, ...] | None], Awaitable[ModelFacts]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Prepared:
 
 
 async def prepare(
-    job: JobFile, me: PeerId, store: BlobStore, scratch: Path, sizes_of: SizesOf
+    job: JobFile, me: PeerId, store: BlobStore, scratch: Path, facts_of: FactsOf
 ) -> Prepared:
     """Read and check everything that a job file names, and store it by content.
 
@@ -48,7 +47,7 @@ async def prepare(
     """
     config, spans = await asyncio.to_thread(_read_model, job)
     stored = tuple(spans) if spans else None
-    facts = await sizes_of(config, job.placement.stages, stored)
+    facts = await facts_of(config, job.placement.stages, stored)
     if job.kind == "train" and job.batch.sequence_length > facts.max_positions:
         raise ManifestError(
             f"batch.sequence_length = {job.batch.sequence_length} is over the model's "

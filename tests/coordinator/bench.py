@@ -8,10 +8,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from swarmnode.coordinator import events as on
-from swarmnode.coordinator.cost import ModelFacts
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.replay import replay
-from swarmnode.domain import Advert, BlobRef, DeviceSpec, Limits, PeerId, Plan, SlotId
+from swarmnode.domain import Advert, BlobRef, DeviceSpec, Limits, ModelFacts, PeerId, Plan, SlotId
 from swarmnode.manifest import (
     BatchConfig,
     DataContent,

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarmnode.coordinator.cost import (
-    ModelFacts,
     machine_bytes,
     split_layers,
     stage_needs,
     step_seconds,
 )
-from swarmnode.domain import Advert, PeerId, Plan, SlotId
+from swarmnode.domain import Advert, ModelFacts, PeerId, Plan, SlotId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import JobBase
 

@@ -6,40 +6,27 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from swarmnode.children import python_module, spawn_child
+from swarmnode.domain import ModelFacts
 from swarmnode.errors import ChildError, DataError
 
 TIMEOUT_S = 600.0
 
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """Numbers of weights, and the limits, of a model; see coordinator.cost.ModelFacts."""
-
-    num_layers: int
-    layer_weights: int
-    first_weights: int
-    last_weights: int
-    hidden_size: int
-    vocab_size: int
-    max_positions: int
-    tied: bool
-
-
-async def model_sizes(
+async def model_facts(
     config: Mapping[str, Any], log: Path, stages: int, stored: tuple[str, ...] | None = None
-) -> ModelSizes:
+) -> ModelFacts:
     """Check that a config can be cut into `stages` stages, and count its weights.
 
     With `stored`, also that these tensors of a folder are all that the model needs.
     Raises: DataError with one clear line, ChildError.
     """
-    request = {"do": "sizes", "config": dict(config), "stages": stages, "stored": stored}
-    return ModelSizes(**await _ask(request, log))
+    request = {"do": "facts", "config": dict(config), "stages": stages, "stored": stored}
+    return ModelFacts(**await _ask(request, log))
 
 
 async def export_model(
@@ -79,8 +66,8 @@ async def _ask(request: Mapping[str, Any], log: Path) -> Any:
     return answer["value"]
 
 
-def sizes(config: Mapping[str, Any], stages: int, stored: list[str] | None) -> ModelSizes:
-    """The child's part of `model_sizes`."""
+def facts_of(config: Mapping[str, Any], stages: int, stored: list[str] | None) -> ModelFacts:
+    """The child's part of `model_facts`."""
     from swarmnode.worker.models import build_stage, read_config, sources_for, stage_shapes
 
     checked = read_config(config)
@@ -99,7 +86,7 @@ def sizes(config: Mapping[str, Any], stages: int, stored: list[str] | None) -> M
     if stages > 1 and count >= stages:
         # A trial run of the borders: a family that cannot be cut is refused here, not later.
         build_stage(config, layers=(count - 1, count))
-    return ModelSizes(
+    return ModelFacts(
         num_layers=count,
         layer_weights=max(per_layer.values()),
         first_weights=sum(whole[name] for name in outside if name in first),
@@ -135,8 +122,8 @@ def main() -> None:
     pipe = ChildPipe.inherit()
     request = json.loads(pipe.receive())
     try:
-        if request["do"] == "sizes":
-            found = sizes(request["config"], request["stages"], request["stored"])
+        if request["do"] == "facts":
+            found = facts_of(request["config"], request["stages"], request["stored"])
             answer: dict[str, Any] = {"value": asdict(found)}
         else:
             export(request)
