@@ -38,6 +38,8 @@ class NodeClient:
     def __init__(self, home: Path, address: str, token: str) -> None:
         self.address = address
         """Where the HTTP server is, without a slash at the end."""
+        self.page = f"{address}/#token={token}"
+        """The node's page, for a browser; the token stays in the browser."""
         self._home = home
         self._http = httpx.Client(
             base_url=address,

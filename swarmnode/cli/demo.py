@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from swarmnode.cli.client import NodeClient
 from swarmnode.cli.demo_data import write_stdlib_sources
 from swarmnode.cli.display import Display
 from swarmnode.cli.local_swarm import LocalSwarm
 from swarmnode.cli.show import amount, figure, printable, short
-from swarmnode.config import TOKEN_FILE
 from swarmnode.errors import BusyError, DataError, SwarmError, UserError
 from swarmnode.http.api import JobView
 from swarmnode.presets import byte_llama_config
@@ -125,17 +125,16 @@ class _Demo:
         display.note(f"the swarm serves at {client.address}/v1; three samples")
         samples = tuple(self._sample(job, number) for number in range(len(PROMPTS)))
         if self._wanted.stay:
-            self._stay(client.address)
+            self._stay(client)
         client.stop(job)
         display.note("stopping everything")
         self._swarm.stop()
         return self._summary(view, f"{client.address}/v1", samples, export)
 
-    def _stay(self, address: str) -> None:
+    def _stay(self, client: NodeClient) -> None:
         """Keep serving until Ctrl-C."""
-        token = (self._swarm.node(0).home / TOKEN_FILE).read_text(encoding="utf-8").strip()
-        self._display.note(f"page: {address}/#token={token}")
-        self._display.note(f"model `demo` at {address}/v1 for any OpenAI client; Ctrl-C ends")
+        self._display.note(f"page: {client.page}")
+        self._display.note(f"model `demo` at {client.address}/v1, any OpenAI client; Ctrl-C ends")
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 self._swarm.check()

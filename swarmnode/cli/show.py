@@ -51,7 +51,7 @@ def traffic(bytes_by_kind: Mapping[str, int]) -> str:
 # ---- tables ------------------------------------------------------------------------------------
 
 
-def node_table(view: NodeView) -> RenderableType:
+def node_table(view: NodeView, page: str) -> RenderableType:
     """One node, a fact per line."""
     return _facts(
         {
@@ -60,7 +60,8 @@ def node_table(view: NodeView) -> RenderableType:
             "home": view.home,
             "join with": f"swarmnode up --join {view.join_address}",
             "transport": "\n".join(view.transport_addresses),
-            "http": view.http_address,
+            "page": page,
+            "OpenAI API": f"{view.http_address}/v1",
             "up for": f"{view.uptime_s:.0f} s",
             "peers": str(view.num_peers),
             "device": view.device,

@@ -91,7 +91,7 @@ def stop(client: NodeClient, job: str, as_json: bool) -> None:
 
 def status(client: NodeClient, as_json: bool) -> None:
     view = client.node()
-    _json(asdict(view)) if as_json else _print(show.node_table(view))
+    _json(asdict(view)) if as_json else _print(show.node_table(view, client.page))
 
 
 def peers(client: NodeClient, as_json: bool) -> None:

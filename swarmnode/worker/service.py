@@ -17,6 +17,10 @@ from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
 from swarmnode.worker.hosting import HostTools, JobHost
 
 
+MAX_JOBS = 4
+"""Jobs that a node works for at once: each has a child of its own."""
+
+
 @dataclass
 class _Running:
     host: JobHost
@@ -89,4 +93,6 @@ class WorkerService:
             raise ProtocolError("the manifest's signature is wrong")
         if not assign.plan.hosted_by(self._tools.me):
             raise ProtocolError("an assignment that gives us nothing")
+        if manifest.job not in self._running and len(self._running) >= MAX_JOBS:
+            raise ProtocolError(f"this node works for {MAX_JOBS} jobs already")
         return manifest
