@@ -16,7 +16,6 @@ from swarmnode.p2p.session import DEAD_AFTER_S
 from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
 from swarmnode.worker.hosting import HostTools, JobHost
 
-
 MAX_JOBS = 4
 """Jobs that a node works for at once: each has a child of its own."""
 
