@@ -155,6 +155,8 @@ def _read(path: Path) -> dict[str, Any]:
         stored = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except NotADirectoryError:
+        raise UserError(f"{path.parent} is a file; a home is a folder") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from None
     if "home" in stored:

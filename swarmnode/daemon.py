@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,25 @@ from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.domain import Advert, DeviceSpec, Limits, ModelFacts, PeerId
-from swarmnode.errors import BusyError, ChildError, PeerError, SwarmError, UserError
+from swarmnode.errors import ChildError, SwarmError, UserError
 from swarmnode.home import load_token, locked, write_private
 from swarmnode.http import server
+from swarmnode.network import (
+    LastLife,
+    load_last_life,
+    save_last_life,
+    start_directory,
+    start_transport,
+)
 from swarmnode.node import Node, job_view
 from swarmnode.p2p import adverts
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient, serve_blobs
-from swarmnode.p2p.directory.client import Directory
+from swarmnode.p2p.directory.keeper import KeptDirectory
 from swarmnode.p2p.identity import Identity, load_or_create
-from swarmnode.p2p.membership import Membership, Records
+from swarmnode.p2p.membership import Changed, Membership, Records
 from swarmnode.p2p.ports import Transport
 from swarmnode.p2p.session import first_error
-from swarmnode.p2p.streams import Libp2pTransport
 from swarmnode.p2p.switch import Switch
 from swarmnode.worker.hosting import HostTools
 from swarmnode.worker.models.tool import export_model, model_facts
@@ -87,72 +93,19 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
         raise UserError("no CUDA device is usable here; use --device auto or cpu")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(telemetry.close_logging)
-        directory = await stack.enter_async_context(start_directory(config, identity))
-        transport = await stack.enter_async_context(start_transport(config, identity))
+        last, log = load_last_life(home), telemetry.get_logger("directory").info
+        directory = await stack.enter_async_context(start_directory(config, identity, last, log))
+        transport = await stack.enter_async_context(start_transport(config, identity, last))
+        transport_port = int(transport.addresses[0].split("/")[4])
+        join = config.join or last.join
+        save_last_life(home, LastLife(directory.port, transport_port, join))
         group = await stack.enter_async_context(asyncio.TaskGroup())
         daemon = Daemon(config, identity, device, directory, transport, group)
         for work in (daemon.advertise, daemon.look, daemon.observe):
             group.create_task(work(), name=work.__name__)
         group.create_task(daemon.serve(on_ready), name="http")
         await daemon.coordinator.restore()
-        await directory.wait()
-
-
-@contextlib.asynccontextmanager
-async def start_directory(config: NodeConfig, identity: Identity) -> AsyncIterator[Directory]:
-    """Who is here. Raises: BusyError if the port is taken, UserError if nobody can be joined."""
-    async with contextlib.AsyncExitStack() as stack:
-        announce = _announced(config)
-        try:
-            directory = await stack.enter_async_context(
-                Directory.start(
-                    identity,
-                    config.home,
-                    config.listen_host,
-                    config.directory_port,
-                    config.join,
-                    announce=announce(config.directory_port),
-                )
-            )
-        except PeerError:
-            raise UserError(
-                f"no node answers at {', '.join(config.join)}; check that the node to join runs, "
-                "that this is the address which it printed, and that its port is open"
-            ) from None
-        yield directory
-
-
-@contextlib.asynccontextmanager
-async def start_transport(config: NodeConfig, identity: Identity) -> AsyncIterator[Transport]:
-    """The transport of tensors. Raises: BusyError if the port is taken."""
-    version = "ip6" if ":" in config.listen_host else "ip4"
-    listen = [f"/{version}/{config.listen_host}/tcp/{config.transport_port}"]
-    announce = _announced(config)(config.transport_port)
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            transport = await stack.enter_async_context(
-                Libp2pTransport.start(identity.seed, listen, announce)
-            )
-        except OSError as error:
-            raise BusyError(f"{error}; give another --transport-port or --host") from error
-        yield transport
-
-
-def _announced(config: NodeConfig) -> Callable[[int], list[str]]:
-    """The addresses that others are told, where they are not the ones listened on."""
-
-    def addresses(port: int) -> list[str]:
-        host = config.announce_host
-        if host is None:
-            return []
-        if port == 0:
-            raise UserError(
-                "announce_host needs fixed ports: give --transport-port, --directory-port"
-            )
-        version = "ip6" if ":" in host else "ip4" if host[0].isdecimal() else "dns"
-        return [f"/{version}/{host}/tcp/{port}"]
-
-    return addresses
+        await asyncio.Event().wait()  # until cancelled
 
 
 class Daemon:
@@ -163,7 +116,7 @@ class Daemon:
         config: NodeConfig,
         identity: Identity,
         device: DeviceSpec,
-        directory: Directory,
+        directory: KeptDirectory,
         transport: Transport,
         group: asyncio.TaskGroup,
     ) -> None:
@@ -281,13 +234,14 @@ class Daemon:
         while True:
             try:
                 records = await self._directory.records()
-            except SwarmError as error:  # stuck; `Directory.wait` tells if it has ended
+            except SwarmError as error:  # stuck, or being started again
                 self._log("directory does not answer", reason=str(error))
                 await asyncio.sleep(POLL_S)
                 continue
             effects = self._membership.handle(Records(records), time.time())
             for effect in effects:
-                self._log("peer", what=type(effect).__name__, effect=str(effect)[:300])
+                if not isinstance(effect, Changed):  # free memory changes all the time
+                    self._log("peer", what=type(effect).__name__, effect=str(effect)[:300])
             self.metrics.set_peers(len(self.peers()))
             self._count_bad_records()
             await asyncio.sleep(POLL_S)

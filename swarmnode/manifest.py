@@ -245,7 +245,10 @@ def parse_job(raw: dict[str, Any], *, base: Path, source: str) -> JobFile:
     job = check(JobFile, raw, source)
 
     def absolute(value: str) -> str:
-        return str((base / Path(value).expanduser()).resolve())
+        try:
+            return str((base / Path(value).expanduser()).resolve())
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ManifestError(f"{source}: {value!r:.80} is no path: {error}") from None
 
     model = job.model
     if isinstance(model.config, str):

@@ -144,6 +144,8 @@ class Node:
 
     async def export(self, job: str, directory: Path) -> int:
         running = self.coordinator.find(job)
+        if not directory.is_absolute() or "\0" in str(directory):
+            raise DataError(f"{str(directory)!r:.80} is no absolute path to export to")
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise BusyError(f"{directory} exists and is not empty; give a new folder")
         weights = running.directory / f"export-{time.monotonic_ns()}.safetensors"

@@ -29,6 +29,13 @@ STEP_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 10
 # ---- logs --------------------------------------------------------------------------------------
 
 
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A log that goes without a line, rather than flood the terminal, when the disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Drop the record."""
+
+
 def configure_logging(level: str = "info", *, path: Path | None = None, **bound: str) -> None:
     """Log to the file `path` as JSON lines, or to the terminal in a readable form.
 
@@ -47,9 +54,7 @@ def configure_logging(level: str = "info", *, path: Path | None = None, **bound:
         last: list[Any] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.handlers.RotatingFileHandler(
-            path, maxBytes=LOG_FILE_BYTES, backupCount=2, encoding="utf-8"
-        )
+        handler = _LogFile(path, maxBytes=LOG_FILE_BYTES, backupCount=2, encoding="utf-8")
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     handler.set_name("swarmnode")
     drop_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta

@@ -119,7 +119,13 @@ class Head:
         try:
             async with asyncio.timeout(TOKEN_TIMEOUT_S):
                 while True:
-                    answer = await inbox.get()
+                    try:
+                        answer = await asyncio.wait_for(inbox.get(), LOOK_S)
+                    except TimeoutError:
+                        now = self._plan()
+                        if now is not None and now.generation == plan.generation:
+                            continue
+                        raise PeerLostError(plan.host(SlotId(0, 0)), "placed anew") from None
                     if isinstance(answer, SessionFailed):
                         raise PeerLostError(plan.host(SlotId(0, 0)), answer.reason)
                     if answer.position == len(tokens):

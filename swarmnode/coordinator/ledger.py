@@ -57,6 +57,7 @@ class Ledger:
         self.job = manifest.job
         self.phase = "waiting"
         self.reason = ""
+        self._cause = ""
         self.plan: Plan | None = None
         self.generation = Generation(0)
         self.step = 0
@@ -128,8 +129,6 @@ class Ledger:
         return [Hangup(peer), *self._place(now_s)]
 
     def _on_tick(self, now_s: float) -> list[Effect]:
-        if self.phase == "waiting":
-            return self._place(now_s)
         self._publications.expire(now_s)
         if self._broken_links.are_due(now_s):
             return self._on_broken_link(now_s)
@@ -164,7 +163,10 @@ class Ledger:
         try:
             decision = solve(peers, self.facts, self.manifest, previous=self.plan, keep=keep)
         except CapacityError as error:
-            self.phase, self.reason = "waiting", str(error)
+            if self.phase != "waiting":
+                self._cause = self.reason
+            before = f" (before that: {self._cause})" if self._cause else ""
+            self.phase, self.reason = "waiting", f"{error}{before}"
             return []
         self.phase = "placing"
         need = self._holdings.missing(decision.slots)

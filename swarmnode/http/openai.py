@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from swarmnode.errors import AuthError, SwarmError, UserError
+from swarmnode.errors import AuthError, DataError, SwarmError, UserError
 from swarmnode.http import chat
 from swarmnode.http.api import ModelView, NodeApi
 from swarmnode.http.control import check_token, read_body
@@ -172,7 +172,11 @@ async def _json(request: Request) -> object:
 
 
 async def _encode(model: ModelView, text: str) -> list[int]:
-    """Off the loop: a long prompt takes a tokenizer a while."""
+    """Off the loop: a long prompt takes a tokenizer a while. Raises: DataError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("the prompt has half a surrogate pair; send valid Unicode") from None
     return await asyncio.to_thread(model.encode, text)
 
 

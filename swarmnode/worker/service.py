@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmnode.domain import JobId, PeerId
-from swarmnode.errors import ManifestError, PeerError, PeerLostError, ProtocolError
+from swarmnode.errors import ManifestError, PeerError, ProtocolError, SwarmError
 from swarmnode.manifest import Manifest, check
 from swarmnode.messages import Assign
 from swarmnode.p2p.identity import verify
 from swarmnode.p2p.ports import Stream, Transport
-from swarmnode.p2p.session import DEAD_AFTER_S
+from swarmnode.p2p.session import DEAD_AFTER_S, first_error
 from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
 from swarmnode.worker.hosting import HostTools, JobHost
 
@@ -69,8 +69,8 @@ class WorkerService:
         self._log("job taken", job=manifest.job, name=manifest.name)
         try:
             await host.run(stream, assign)
-        except* PeerLostError as lost:
-            self._log("coordinator lost", job=manifest.job, reason=str(lost.exceptions[0]))
+        except* SwarmError as failures:
+            self._log("coordinator lost", job=manifest.job, reason=str(first_error(failures)))
         finally:
             if self._running.get(manifest.job) is running:
                 del self._running[manifest.job]

@@ -214,3 +214,38 @@ async def test_a_peer_that_the_plan_does_not_name_is_refused_and_counted(
         wait_for(node.client, job, lambda view: view.step > after.step)
     finally:
         node.client.stop(job)
+
+
+@pytest.mark.parametrize("victim", ["directory", "p2pd"])
+def test_a_directory_that_dies_is_started_again_where_it_was(tmp_path: Path, victim: str) -> None:
+    with LocalSwarm(tmp_path, 2) as swarm:
+        swarm.start()
+        node = swarm.node(0)
+        before = node.client.node()
+        names = {process.pid: process.name() for process in node.processes()}
+        if victim == "directory":
+            pid = before.pids["directory"]
+        else:
+            pid = next(pid for pid, name in names.items() if name.startswith("p2pd"))
+        os.kill(pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + 60
+        while True:
+            after = node.client.node()
+            swarm.check()
+            if after.pids["directory"] != before.pids["directory"] and after.num_peers == 2:
+                break
+            assert time.monotonic() < deadline_s, after
+            time.sleep(0.1)
+        assert after.join_address == before.join_address
+
+
+def test_a_node_comes_back_to_its_swarm_without_being_told_how(tmp_path: Path) -> None:
+    with LocalSwarm(tmp_path, 2) as swarm:
+        swarm.start()
+        address = swarm.node(0).client.node().join_address
+        for index in (1, 0):
+            swarm.kill(index)
+            swarm.start_node(index)
+            swarm.wait_for_peers(2, seen_by=0)
+            swarm.wait_for_peers(2, seen_by=1)
+        assert swarm.node(0).client.node().join_address == address

@@ -1,5 +1,6 @@
 """What the swarm gives back: a folder that everybody's tools load, and an OpenAI endpoint."""
 
+import time
 from pathlib import Path
 
 import httpx
@@ -130,3 +131,29 @@ def test_a_real_prometheus_answers_every_expression_of_the_dashboard(
         check_dashboard(targets, tmp_path)
     finally:
         client.stop(job)
+
+
+def test_a_conversation_goes_on_when_a_stage_dies_under_it(swarm: LocalSwarm, text: Path) -> None:
+    client = swarm.node(0).client
+    job = client.submit(job_file(text, "spoken", run={"steps": 20}), text)
+    try:
+        view = wait_for(client, job, serving)
+        ask = {"model": "spoken", "prompt": PROMPT, "max_tokens": 100, "temperature": 0}
+        with openai.OpenAI(base_url=endpoint(swarm), api_key="any") as api:
+            expected = api.completions.create(**ask).choices[0].text
+            got, victim = "", None
+            for chunk in api.completions.create(**ask, stream=True):
+                got += chunk.choices[0].text
+                if victim is None and len(got) > 10:
+                    me = client.node().peer
+                    peer = next(p for row in view.placement for p in row[:1] if p != me)
+                    victim = swarm.index_of(peer)
+                    swarm.kill(victim)
+                    killed_s = time.monotonic()
+        assert got == expected
+        assert time.monotonic() - killed_s < 15.0, "it does not wait for a timeout"
+    finally:
+        client.stop(job)
+        if victim is not None:
+            swarm.start_node(victim)
+            swarm.wait_for_peers(4)

@@ -4,6 +4,8 @@ Requests and answers are msgpack maps with a number; the first request must be "
 """
 
 import asyncio
+import os
+import sys
 import traceback
 from contextlib import suppress
 from typing import Any
@@ -18,7 +20,13 @@ from swarmnode.pipes import Pipe
 
 async def serve(pipe: Pipe) -> None:
     """Run one DHT node for the daemon at the other end; return when the daemon is gone."""
+    async with asyncio.TaskGroup() as group:
+        await _serve(pipe, group)
+
+
+async def _serve(pipe: Pipe, group: asyncio.TaskGroup) -> None:
     node: Node | None = None
+    watch: asyncio.Task[None] | None = None
     try:
         while True:
             request = msgpack.unpackb(await pipe.receive())
@@ -26,6 +34,7 @@ async def serve(pipe: Pipe) -> None:
             try:
                 if node is None:
                     node = await _start(request)
+                    watch = group.create_task(_end_with_go_daemon(node), name="go daemon")
                     answer = {"peer": node.peer, "addresses": list(node.addresses)}
                 else:
                     answer = await _answer(node, request)
@@ -38,11 +47,20 @@ async def serve(pipe: Pipe) -> None:
     except (EOFError, OSError):
         return  # the daemon is gone: so are we
     finally:
+        if watch is not None:
+            watch.cancel()
         if node is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(2.0):
                     await node.stop()
         pipe.close()
+
+
+async def _end_with_go_daemon(node: Node) -> None:
+    """Without its Go daemon a node is deaf: end, so that the daemon starts both again."""
+    await node.go_daemon_ended()
+    print("the Go daemon has ended, and so do we", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 async def _start(request: dict[str, Any]) -> Node:

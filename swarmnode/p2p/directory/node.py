@@ -146,6 +146,10 @@ class Node:
                     if await self._dht.protocol.call_ping(peer_id) is not None:
                         return
 
+    async def go_daemon_ended(self) -> None:
+        """Return when p2pd is gone, for whatever reason."""
+        await self._dht.p2p._child.wait()
+
     async def stop(self) -> None:
         await self._dht.shutdown()
 
