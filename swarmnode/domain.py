@@ -106,6 +106,12 @@ class Plan:
     def num_slots(self) -> int:
         return len(self.slots[0])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every stage has layers and the same number of slots, at least one."""
+        widths = {len(row) for row in self.slots}
+        return len(self.layers) == len(self.slots) > 0 and len(widths) == 1 and widths != {0}
+
     def __contains__(self, slot: SlotId) -> bool:
         return 0 <= slot.stage < self.num_stages and 0 <= slot.slot < self.num_slots
 

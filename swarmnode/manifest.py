@@ -11,13 +11,15 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from swarmnode.domain import BlobRef, JobId, PeerId
 from swarmnode.errors import ManifestError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+ConfigT = TypeVar("ConfigT")
 ComputeDtype = Literal["float32", "bfloat16"]
+MAX_CONFIG_DEPTH = 32
 CodecName = Literal["none", "bf16", "int8"]
 
 
@@ -145,6 +147,21 @@ class JobBase(Section):
         return self.run.steps if self.kind == "train" else 0
 
 
+def _check_depth(config: ConfigT) -> ConfigT:
+    """A config nested deeper than any real one would break the JSON that is signed."""
+    level: list[Any] = [config] if isinstance(config, dict) else []
+    for _ in range(MAX_CONFIG_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return config
+    raise ValueError(f"nested deeper than {MAX_CONFIG_DEPTH}")
+
+
 class ModelSource(Section):
     """Where the model comes from: exactly one of the two."""
 
@@ -152,6 +169,8 @@ class ModelSource(Section):
     """A Hugging Face config: a path to config.json, or the table itself; weights start random."""
     path: str | None = None
     """A Hugging Face folder with config.json and safetensors; training goes on from it."""
+
+    _is_shallow = field_validator("config")(_check_depth)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -195,6 +214,8 @@ class ModelContent(Section):
     """The Hugging Face config."""
     weights: BlobRef | None = None
     """The tensor index of the weights to start from; random weights when absent."""
+
+    _is_shallow = field_validator("config")(_check_depth)
 
 
 class DataContent(Section):

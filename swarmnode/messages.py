@@ -7,7 +7,9 @@ from pydantic import Field
 
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
+Fence = Annotated[Generation, Field(strict=True, ge=0, lt=1 << 62)]
+"""The generation that a message belongs to."""
 Hash = Annotated[str, Field(min_length=8, max_length=64, pattern=r"^[0-9a-f]+$")]
 Text = Annotated[str, Field(max_length=4096)]
 SentKind = Literal[
@@ -25,7 +27,7 @@ class Frame:
     """One tensor of one step, addressed to one slot; the payload is the coded tensor."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     kind: FrameKind
     source: SlotId
@@ -59,7 +61,7 @@ class SessionFrame:
     """
 
     job: JobId
-    generation: Generation
+    generation: Fence
     session: Annotated[str, Field(min_length=1, max_length=64)]
     target: SlotId
     start: Count
@@ -77,7 +79,7 @@ class SessionToken:
     """The last stage's answer to a SessionFrame: the token at position `position`."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     session: Annotated[str, Field(min_length=1, max_length=64)]
     position: Count
     token: Count
@@ -90,7 +92,7 @@ class SessionFailed:
     """A stage cannot go on with a session: its cache is gone or there is no room."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     session: Annotated[str, Field(min_length=1, max_length=64)]
     reason: Text
 
@@ -100,7 +102,7 @@ class SessionClose:
     """The head is done with a session: free its cache, and pass this on to the next stage."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     session: Annotated[str, Field(min_length=1, max_length=64)]
     target: SlotId
 
@@ -141,7 +143,7 @@ class Begin:
     """Compute step `step`; with `evaluate`, forward only, over held-out microbatches."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     evaluate: bool = False
 
@@ -151,7 +153,7 @@ class Commit:
     """Step `step` is durable: scale the reduced gradients, apply the optimizer."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     scale: float
 
@@ -161,7 +163,7 @@ class Save:
     """Publish the state of `stage` after `step` committed steps as chunks."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     stage: Count
 
@@ -189,7 +191,7 @@ class Placed:
     """All slots of this worker are ready to compute step `step`."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
 
 
@@ -198,7 +200,7 @@ class Failed:
     """This worker cannot do what the generation asks of it."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     reason: Text
 
 
@@ -211,7 +213,7 @@ class Ready:
     """
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     source: SlotId
     microbatches: Annotated[tuple[Count, ...], Field(max_length=4096)]
@@ -226,7 +228,7 @@ class Evaluated:
     """A slot of the last stage has evaluated its share of the held-out microbatches."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     source: SlotId
     losses: Annotated[tuple[float, ...], Field(max_length=65536)]
@@ -237,7 +239,7 @@ class Applied:
     """The optimizer was applied; `state_hash` is over the stage's weights."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     stage: Count
     state_hash: Hash
@@ -248,7 +250,7 @@ class Saved:
     """The answer to Save: the chunks of `index` can be fetched from the sender."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     stage: Count
     index: BlobRef
@@ -269,7 +271,7 @@ class LinkBroken:
     """A stream to another worker of the plan broke."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     peer: PeerId
     reason: Text
 
@@ -300,7 +302,7 @@ class Configured:
     """The child is ready to compute step `step` of the generation."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
 
 
@@ -309,7 +311,7 @@ class Export:
     """Write the state of `stage` after `step` committed steps to the file `path`."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     stage: Count
     path: str
@@ -320,7 +322,7 @@ class Exported:
     """The file is complete and named."""
 
     job: JobId
-    generation: Generation
+    generation: Fence
     step: Count
     stage: Count
     path: str

@@ -96,7 +96,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"model config {path}: {error.strerror}; check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"model config {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"model config {path} is not a JSON object")
@@ -148,7 +148,10 @@ def _publish_folder(folder: Path, store: BlobStore) -> BlobRef:
         if path.is_file():
             if path.stat().st_size > MAX_TOKENIZER_FILE_BYTES:
                 raise DataError(f"{path} is over {MAX_TOKENIZER_FILE_BYTES >> 20} MiB")
-            texts[name] = path.read_text(encoding="utf-8")
+            try:
+                texts[name] = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"tokenizer file {path} cannot be read: {error}") from None
     return store.put(json.dumps(texts, sort_keys=True).encode())
 
 
@@ -156,7 +159,7 @@ def unpack_folder(data: bytes, folder: Path) -> None:
     """Write the files of `_publish_folder` into `folder`. Raises: DataError."""
     try:
         texts = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"a tokenizer blob that is not JSON: {error}") from None
     if not isinstance(texts, dict) or not set(texts) <= set(TOKENIZER_FILES):
         raise DataError("a tokenizer blob with unknown files")

@@ -7,6 +7,7 @@ A tensor never shares a chunk with another one, so a peer fetches exactly the te
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from swarmnode.tensorfiles import ITEM_BYTES, TensorSpan
 from swarmnode.wire import CHUNK_BYTES, MAX_BLOB_BYTES
 
 MAX_TENSORS = 1 << 18
+_HASH = re.compile(r"[0-9a-f]{64}")
 MOMENT_SUFFIXES = ("::exp_avg", "::exp_avg_sq")
 
 
@@ -99,7 +101,7 @@ def _check_sizes(tensor: IndexedTensor) -> None:
     for dimension in tensor.shape:
         size *= dimension
     if size != tensor.num_bytes or any(
-        not 0 < c.num_bytes <= CHUNK_BYTES or len(c.sha256) != 64 for c in tensor.chunks
+        not 0 < c.num_bytes <= CHUNK_BYTES or not _HASH.fullmatch(c.sha256) for c in tensor.chunks
     ):
         raise ProtocolError(f"tensor {tensor.name!r}: its chunks do not add up to its shape")
 

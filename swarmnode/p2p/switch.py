@@ -179,10 +179,12 @@ class Switch:
         except (PeerError, TimeoutError) as error:
             entry.on_broken(peer, str(error) or "takes nothing off the wire")
         finally:
-            while not queue.empty():  # whoever waits for room finds the lane closed
-                queue.get_nowait()
-            if stream is not None:
-                await stream.reset()
+            try:
+                if stream is not None:
+                    await stream.reset()
+            finally:
+                while not queue.empty():  # whoever waits for room finds the lane closed
+                    queue.get_nowait()
 
     async def _accept(self, stream: Stream) -> None:
         """Serve one incoming tensor stream, of a peer that some plan names."""

@@ -121,8 +121,8 @@ class JobHost:
         assert self._group is not None
         match message:
             case Assign():
-                if message.plan.coordinator != self.manifest.submitter:
-                    raise ProtocolError("an assignment by somebody else")
+                if message.plan.coordinator != self.manifest.submitter or not message.plan.is_whole:
+                    raise ProtocolError("an assignment by somebody else, or of half a plan")
                 if self._assigning is not None:
                     self._assigning.cancel()
                 self._assigning = self._group.create_task(

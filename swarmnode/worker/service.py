@@ -82,7 +82,7 @@ class WorkerService:
             raise ProtocolError("an assignment without a manifest")
         try:
             manifest = check(Manifest, json.loads(canonical), "manifest")
-        except (ValueError, ManifestError) as error:
+        except (ValueError, RecursionError, ManifestError) as error:
             raise ProtocolError(str(error)) from None
         if manifest.job != assign.job or manifest.canonical() != canonical:
             raise ProtocolError("the manifest is not the one that its job id names")
@@ -90,7 +90,7 @@ class WorkerService:
             raise ProtocolError(f"{sender} does not coordinate job {assign.job}")
         if not verify(manifest.submitter, canonical, assign.signature):
             raise ProtocolError("the manifest's signature is wrong")
-        if not assign.plan.hosted_by(self._tools.me):
+        if not assign.plan.is_whole or not assign.plan.hosted_by(self._tools.me):
             raise ProtocolError("an assignment that gives us nothing")
         if manifest.job not in self._running and len(self._running) >= MAX_JOBS:
             raise ProtocolError(f"this node works for {MAX_JOBS} jobs already")

@@ -69,19 +69,20 @@ def solve(
     had: dict[PeerId, set[int]] = {peer: set() for peer in by_id}
     grid: list[list[PeerId | None]] = [[None] * slots for _ in range(stages)]
     reasons: list[str] = []
-    if previous is not None and previous.layers == layers and previous.num_slots == slots:
-        for stage, row in enumerate(previous.slots):
-            for slot, peer in enumerate(row):
-                if peer in by_id:
-                    had[peer].add(stage)
-                    if keep:
-                        grid[stage][slot] = peer
-                        hosted[peer].append(stage)
 
     def fits(peer: PeerId, stage: int) -> bool:
         advert = by_id[peer]
         room = min(advert.limits.memory_bytes, advert.device.memory_total_bytes)
         return machine_bytes(needs, [*hosted[peer], stage]) <= room
+
+    if previous is not None and previous.layers == layers and previous.num_slots == slots:
+        for stage, row in enumerate(previous.slots):
+            for slot, peer in enumerate(row):
+                if peer in by_id:
+                    had[peer].add(stage)
+                    if keep and fits(peer, stage):
+                        grid[stage][slot] = peer
+                        hosted[peer].append(stage)
 
     def finish_s(peer: PeerId, stage: int) -> float:
         flops = max(by_id[peer].device.flops.values(), default=0.0)
