@@ -68,8 +68,6 @@ class SessionFrame:
     stop: Count
     shape: Annotated[tuple[Count, ...], Field(max_length=8)]
     sampling: Sampling
-    head: PeerId
-    """Who gets the token."""
     max_positions: Count
     """The longest that this session may become."""
 

@@ -10,7 +10,7 @@ import secrets
 import sys
 from collections.abc import AsyncGenerator, Callable
 
-from swarmnode.domain import JobId, PeerId, Plan, SlotId
+from swarmnode.domain import JobId, Plan, SlotId
 from swarmnode.errors import CapacityError, PeerLostError
 from swarmnode.messages import Sampling, SessionClose, SessionFailed, SessionFrame, SessionToken
 from swarmnode.p2p.switch import Switch, TensorMessage
@@ -24,11 +24,8 @@ MAX_ATTEMPTS = 4
 class Head:
     """Conversations with one served job; one at a time, the others wait their turn."""
 
-    def __init__(
-        self, job: JobId, me: PeerId, switch: Switch, plan: Callable[[], Plan | None]
-    ) -> None:
+    def __init__(self, job: JobId, switch: Switch, plan: Callable[[], Plan | None]) -> None:
         self._job = job
-        self._me = me
         self._switch = switch
         self._plan = plan
         self._turn = asyncio.Lock()
@@ -111,7 +108,6 @@ class Head:
             stop=len(tokens),
             shape=(1, len(fresh)),
             sampling=sampling,
-            head=self._me,
             max_positions=max_positions,
         )
         await self._switch.send(frame, _little_endian(fresh))

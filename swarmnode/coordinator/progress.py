@@ -18,7 +18,6 @@ class Progress:
         self.killed: list[PeerId] = []
         self.recoveries = 0
         self.recovery_s: float | None = None
-        self.compute_s = 0.0
         self._trains = manifest.num_steps > 0
         self._last_commit_s: float | None = None
         self._lost_s: float | None = None
@@ -65,7 +64,6 @@ class Progress:
     def traffic(self, peer: PeerId, traffic: Traffic) -> None:
         """A worker's counters since it took part; they only grow."""
         self._sent[peer] = dict(traffic.bytes_by_kind)
-        self.compute_s += traffic.compute_s
 
     @property
     def bytes_by_kind(self) -> dict[SentKind, int]:

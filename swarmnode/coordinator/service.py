@@ -168,7 +168,7 @@ class CoordinatorService:
             is_placed = ledger.phase in ("training", "evaluating", "saving", "serving")
             return ledger.plan if is_placed else None
 
-        head = Head(manifest.job, me, switch, serving_plan)
+        head = Head(manifest.job, switch, serving_plan)
         self._jobs[manifest.job] = RunningJob(runner, manifest, facts, directory, tokenizer, head)
         self._group.create_task(self._run(runner), name=f"job {manifest.job}")
 

@@ -86,7 +86,7 @@ class WorkerService:
             raise ProtocolError(str(error)) from None
         if manifest.job != assign.job or manifest.canonical() != canonical:
             raise ProtocolError("the manifest is not the one that its job id names")
-        if sender not in (manifest.submitter, self._tools.me) or assign.plan.coordinator != sender:
+        if not sender == manifest.submitter == assign.plan.coordinator:
             raise ProtocolError(f"{sender} does not coordinate job {assign.job}")
         if not verify(manifest.submitter, canonical, assign.signature):
             raise ProtocolError("the manifest's signature is wrong")

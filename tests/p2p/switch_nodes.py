@@ -58,9 +58,7 @@ def frame(source: int, target: int, *, generation: int = 1, slot: int = 0, mb: i
 
 
 def piece(target: int) -> SessionFrame:
-    return SessionFrame(
-        JOB, Generation(1), "s", SlotId(target, 0), 0, 1, (1, 1), Sampling(), HEAD, 8
-    )
+    return SessionFrame(JOB, Generation(1), "s", SlotId(target, 0), 0, 1, (1, 1), Sampling(), 8)
 
 
 CLOSE = SessionClose(JOB, Generation(1), "s", SlotId(1, 0))

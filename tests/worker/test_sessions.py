@@ -46,7 +46,6 @@ class Chat:
             "stop": at + len(tokens),
             "shape": (1, len(tokens)),
             "sampling": self.sampling,
-            "head": PeerId("head"),
             "max_positions": 64,
         }
         frame = SessionFrame(**{**fields, **changes})

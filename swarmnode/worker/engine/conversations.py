@@ -104,7 +104,7 @@ class Conversations:
         target = SlotId(frame.target.stage + 1, frame.target.slot)
         following = SessionFrame(
             frame.job, frame.generation, frame.session, target, frame.start, frame.stop,
-            tuple(hidden_BSD.shape), frame.sampling, frame.head, frame.max_positions,
+            tuple(hidden_BSD.shape), frame.sampling, frame.max_positions,
         )  # fmt: skip
         self._route(following, self._codec.encode(hidden_BSD))
 
