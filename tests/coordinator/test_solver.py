@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmnode.coordinator.cost import machine_bytes, split_layers, stage_needs
+from swarmnode.coordinator.cost.needs import machine_bytes, split_layers, stage_needs
 from swarmnode.coordinator.solver import Decision, newcomers_help, solve
 from swarmnode.domain import (
     Advert,

@@ -9,7 +9,7 @@ states no bound, and says so.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarmnode.coordinator.cost import (
+from swarmnode.coordinator.cost.needs import (
     machine_bytes,
     split_layers,
     stage_needs,

@@ -1,0 +1,1 @@
+"""What a placement needs and costs; one module for each objective, one interface (objective.py)."""
