@@ -138,7 +138,8 @@ def training() -> list[timeseries.Panel]:
             stacked=True,
         ),
         curves(
-            "Step time", "Between two commits.", "s",
+            "Step time", "Between two commits, and as the placement predicts it.", "s",
+            (f"swarmnode_job_predicted_step_seconds{{{JOB}}}", "{{job_name}} predicted"),
             (mean, "{{job_name}} mean"),
             (quantile(0.5), "{{job_name}} median"),
             (quantile(0.95), "{{job_name}} 95 %"),
@@ -199,6 +200,14 @@ def nodes() -> list[timeseries.Panel]:
         curves(
             "Peers by node", "How many peers each node sees, itself included.", "short",
             (f"swarmnode_peers{{{NODE}}}", "{{peer}}"),
+        ),
+        curves(
+            "Links: latency", "One way, as the node at the near end has measured it.", "s",
+            (f"swarmnode_link_latency_seconds{{{NODE}}}", "{{peer}} to {{to_peer}}"),
+        ),
+        curves(
+            "Links: bandwidth", "From the node to another one: transfers, else probes.", "Bps",
+            (f"swarmnode_link_bytes_per_second{{{NODE}}}", "{{peer}} to {{to_peer}}"),
         ),
     ]  # fmt: skip
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -16,10 +17,12 @@ from swarmnode.config import NodeConfig
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
+from swarmnode.coordinator.solving import Solver
 from swarmnode.domain import Advert, DeviceSpec, Limits, ModelFacts, PeerId
 from swarmnode.errors import ChildError, SwarmError, UserError
 from swarmnode.home import load_token, locked, write_private
 from swarmnode.http import server
+from swarmnode.messages import LinkReport
 from swarmnode.network import (
     LastLife,
     load_last_life,
@@ -33,8 +36,11 @@ from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient, serve_blobs
 from swarmnode.p2p.directory.keeper import KeptDirectory
 from swarmnode.p2p.identity import Identity, load_or_create
+from swarmnode.p2p.links import LinkEstimate, LinkTable
 from swarmnode.p2p.membership import Changed, Membership, Records
 from swarmnode.p2p.ports import Transport
+from swarmnode.p2p.prober import Prober
+from swarmnode.p2p.probing import Responder
 from swarmnode.p2p.session import first_error
 from swarmnode.p2p.switch import Switch
 from swarmnode.worker.hosting import HostTools
@@ -101,7 +107,7 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None]) -> None:
         save_last_life(home, LastLife(directory.port, transport_port, join))
         group = await stack.enter_async_context(asyncio.TaskGroup())
         daemon = Daemon(config, identity, device, directory, transport, group)
-        for work in (daemon.advertise, daemon.look, daemon.observe):
+        for work in (daemon.advertise, daemon.look, daemon.observe, daemon.measure):
             group.create_task(work(), name=work.__name__)
         group.create_task(daemon.serve(on_ready), name="http")
         await daemon.coordinator.restore()
@@ -136,8 +142,14 @@ class Daemon:
         self._dropped: Counter[str] = Counter()
         home = config.home
         store = BlobStore(home / "blobs", durable=True)
-        switch = Switch(transport, group, self._count_dropped, self.metrics.add_sent)
-        blobs = BlobClient(transport, store, self._count_blobs)
+        self._table = LinkTable()
+        switch = Switch(
+            transport, group, self._count_dropped, self.metrics.add_sent, self._observe_transfer
+        )
+        blobs = BlobClient(transport, store, self._count_blobs, self._observe_transfer)
+        chance = random.SystemRandom()
+        self._prober = Prober(transport, self._table, self.peers, switch.partners, chance)
+        Responder(transport, self._table, lambda: self._prober.coordinate, self._count_dropped)
         self.worker = WorkerService(
             transport,
             HostTools(
@@ -150,6 +162,7 @@ class Daemon:
                 num_threads=self._limits.num_threads,
                 on_sent=self.metrics.add_sent,
                 on_compute=self.metrics.add_compute,
+                links=self.link_reports,
             ),
             self._count_dropped,
             self._log,
@@ -166,6 +179,8 @@ class Daemon:
                 on_sent=self.metrics.add_sent,
                 on_changed=self._observe_job,
                 log=self._log,
+                solver=Solver(home / "solver.log"),
+                links=self.link_reports,
             ),
             group,
             self._facts_of,
@@ -218,6 +233,7 @@ class Daemon:
                 version=__version__,
                 incarnation=self._incarnation,
                 expires_at_s=time.time() + lease_s,
+                reach=self._prober.reach(),
             )
             try:
                 record = adverts.encode(advert, self._identity.sign)
@@ -254,6 +270,23 @@ class Daemon:
                     self._dropped_records[reason] = count
                     self._count_dropped(f"record_{reason}", fresh)
 
+    # ---- how far away they are -------------------------------------------------------------
+
+    def links(self) -> Mapping[PeerId, LinkEstimate]:
+        """What this node has measured of its links."""
+        return self._table.estimates(time.monotonic())
+
+    def link_reports(self) -> tuple[LinkReport, ...]:
+        """The same as a message to a coordinator tells it."""
+        return self._table.reports(time.monotonic())
+
+    async def measure(self) -> None:
+        """Probe a few peers now and then."""
+        await self._prober.run()
+
+    def _observe_transfer(self, peer: PeerId, num_bytes: int, seconds: float) -> None:
+        self._table.observe_transfer(peer, num_bytes, seconds, time.monotonic())
+
     # ---- what is seen ----------------------------------------------------------------------
 
     async def observe(self) -> None:
@@ -263,6 +296,14 @@ class Daemon:
             self.metrics.set_device_memory(
                 total_bytes=self._device.memory_total_bytes,
                 free_bytes=self._device.memory_free_bytes,
+            )
+            present = {advert.peer for advert in self.peers()}
+            self.metrics.set_links(
+                {
+                    peer: (link.latency_s, link.bytes_per_s)
+                    for peer, link in self.links().items()
+                    if peer in present
+                }
             )
             await asyncio.sleep(OBSERVE_S)
 
@@ -290,6 +331,7 @@ class Daemon:
             generation=view.generation,
             recoveries=view.recoveries,
             recovery_s=view.recovery_s,
+            predicted_step_s=view.predicted_step_s,
             bytes_by_kind=view.bytes_by_kind,
         )
         if view.phase != "training":

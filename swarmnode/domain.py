@@ -60,6 +60,28 @@ class Limits:
     """Most CPU threads that one worker child may use."""
 
 
+class Coordinate(NamedTuple):
+    """A place in the network, in seconds of round trip; `p2p.coordinates` does the sums."""
+
+    x_s: float = 0.0
+    y_s: float = 0.0
+    z_s: float = 0.0
+    height_s: float = 0.0
+    """What the node's own line adds to every path."""
+    error: float = 1.0
+    """Relative error of predictions, 0 to 1; 1 if the node does not know where it is."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How a peer is connected, as it has measured itself; all unknown unless said."""
+
+    coordinate: Coordinate = field(default=Coordinate())
+    uplink_bytes_per_s: float = 0.0
+    """Over its best link; 0 if unknown."""
+    downlink_bytes_per_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class Advert:
     """A peer as it describes itself in the directory; signed with the peer's own key."""
@@ -73,6 +95,7 @@ class Advert:
     """Grows with every start of the daemon, so that a late record of an earlier life loses."""
     expires_at_s: float
     """Wall clock, seconds since 1970; at most the directory's longest lease ahead."""
+    reach: Reach = Reach()
 
 
 @dataclass(frozen=True)
@@ -97,6 +120,8 @@ class Plan:
     """Where each named peer is reached."""
     reasons: tuple[str, ...] = ()
     predicted_step_s: float = 0.0
+    bound_s: float | None = None
+    """No placement of these machines has a faster step; None when nobody knows."""
 
     @property
     def num_stages(self) -> int:

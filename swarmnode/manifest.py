@@ -9,7 +9,7 @@ import json
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -88,15 +88,44 @@ class CodecConfig(Section):
     """Parameter gradients, among the slots of a stage."""
 
 
-class PlacementConfig(Section):
-    """The grid of stages and slots, and how many machines it needs."""
+NumLayers = Annotated[int, Field(ge=1)]
+StageNumber = Annotated[int, Field(ge=0, lt=256)]
+
+
+class PlacementWish(Section):
+    """What the author of a job says about the grid; whatever is left open is chosen for the
+    machines that are here when the job is submitted."""
+
+    stages: int | None = Field(default=None, ge=1, le=256)
+    """Number of pipeline stages, S; chosen for the machines that are here unless given."""
+    slots: int | None = Field(default=None, ge=1, le=256)
+    """Number of virtual replicas of each stage, V; chosen unless given."""
+    layers: tuple[NumLayers, ...] | None = Field(default=None, min_length=1, max_length=256)
+    """Layers of each stage, the first stage first; chosen unless given."""
+    pins: dict[PeerId, StageNumber] = Field(default={}, max_length=4096)
+    """Peers that hold this stage or nothing: peer id = stage."""
+    min_peers: int | None = Field(default=None, ge=1)
+    """Fewest machines to run on; one per stage unless given."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        stages = self.stages
+        if self.pins and stages is None:
+            raise ValueError("placement.pins needs placement.stages; say how many there are")
+        if self.layers is not None and stages is not None and len(self.layers) != stages:
+            raise ValueError(f"placement.layers has {len(self.layers)} stages, not {stages}")
+        if stages is not None and any(stage >= stages for stage in self.pins.values()):
+            raise ValueError(f"placement.pins names a stage that is not one of 0 .. {stages - 1}")
+        return self
+
+
+class PlacementConfig(PlacementWish):
+    """The grid of stages and slots, decided: part of a manifest."""
 
     stages: int = Field(default=2, ge=1, le=256)
     """Number of pipeline stages, S."""
     slots: int = Field(default=1, ge=1, le=256)
     """Number of virtual replicas of each stage, V."""
-    min_peers: int | None = Field(default=None, ge=1)
-    """Fewest machines to run on; one per stage unless given."""
 
     @property
     def fewest_peers(self) -> int:
@@ -130,21 +159,19 @@ class JobBase(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     codecs: CodecConfig = CodecConfig()
-    placement: PlacementConfig = PlacementConfig()
     run: RunConfig = RunConfig()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.batch.num_microbatches % self.placement.slots:
-            raise ValueError(
-                f"batch.num_microbatches = {self.batch.num_microbatches} is not a multiple of "
-                f"placement.slots = {self.placement.slots}"
-            )
-        return self
 
     @property
     def num_steps(self) -> int:
         return self.run.steps if self.kind == "train" else 0
+
+
+def _check_grid(batch: BatchConfig, slots: int | None) -> None:
+    if slots is not None and batch.num_microbatches % slots:
+        raise ValueError(
+            f"batch.num_microbatches = {batch.num_microbatches} is not a multiple of "
+            f"placement.slots = {slots}"
+        )
 
 
 def _check_depth(config: ConfigT) -> ConfigT:
@@ -190,7 +217,13 @@ class DataSource(Section):
     """Read at most this much text."""
 
 
-class JobFile(JobBase):
+class OpenJob(JobBase):
+    """A job of whose grid some may be open still."""
+
+    placement: PlacementWish = PlacementWish()
+
+
+class JobFile(OpenJob):
     """A job as its author writes it; paths are relative to the file."""
 
     model: ModelSource
@@ -198,12 +231,18 @@ class JobFile(JobBase):
     tokenizer: str = "bytes"
     """A tokenizer folder, or `bytes` for one token per byte."""
 
+    @property
+    def open(self) -> OpenJob:
+        """The part that the choice of a grid reads."""
+        return OpenJob(**{name: getattr(self, name) for name in OpenJob.model_fields})
+
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Self:
         if self.kind == "train" and self.data is None:
             raise ValueError("a job of kind train needs a [data] section with a path")
         if self.kind == "serve" and self.model.path is None:
             raise ValueError("a job of kind serve needs model.path, a folder with weights")
+        _check_grid(self.batch, self.placement.slots)
         return self
 
 
@@ -225,7 +264,18 @@ class DataContent(Section):
     validation: BlobRef
 
 
-class Manifest(JobBase):
+class PlacedJob(JobBase):
+    """A job whose grid is decided: what placement and prediction read."""
+
+    placement: PlacementConfig = PlacementConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        _check_grid(self.batch, self.placement.slots)
+        return self
+
+
+class Manifest(PlacedJob):
     """A job as it travels: immutable, content-addressed, signed by its submitter."""
 
     model: ModelContent

@@ -11,11 +11,15 @@ Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
 Fence = Annotated[Generation, Field(strict=True, ge=0, lt=1 << 62)]
 """The generation that a message belongs to."""
 Hash = Annotated[str, Field(min_length=8, max_length=64, pattern=r"^[0-9a-f]+$")]
+MAX_LINK_REPORTS = 256
 Text = Annotated[str, Field(max_length=4096)]
 SentKind = Literal[
     "activation", "activation_gradient", "gradient", "reduced", "session", "control", "blob"
 ]
 """What bytes on the wire are counted as."""
+Seconds = Annotated[float, Field(ge=0, le=60)]
+Speed = Annotated[float, Field(gt=0, le=1e12)]
+"""Bytes per second."""
 FrameKind = Literal["activation", "activation_gradient", "gradient", "reduced"]
 
 
@@ -41,6 +45,13 @@ class Frame:
     shape: Annotated[tuple[Count, ...], Field(max_length=8)]
     evaluate: bool = False
     """Whether the step is an evaluation: forward only, nothing kept."""
+
+
+@dataclass(frozen=True)
+class Announce:
+    """The next message on this stream is large and follows at once: a good one to time."""
+
+    job: JobId
 
 
 class Sampling(NamedTuple):
@@ -254,14 +265,29 @@ class Saved:
     index: BlobRef
 
 
+class LinkReport(NamedTuple):
+    """A directed path, as the sender of the report knows it."""
+
+    peer: PeerId
+    """Where the path leads."""
+    latency_s: Seconds
+    """One way."""
+    bytes_per_s: Speed | None = None
+    """None where too little has been sent to tell."""
+
+
 @dataclass(frozen=True)
 class Traffic:
-    """What a worker has sent so far, and how busy it was; sent with each step."""
+    """What a worker has sent so far, how busy it was, and what it has measured of its links.
+
+    Sent with each step. `links` are those to other peers of the plan.
+    """
 
     job: JobId
     bytes_by_kind: dict[SentKind, Count]
     compute_s: float
     """Seconds of computing since the last report."""
+    links: Annotated[tuple[LinkReport, ...], Field(max_length=MAX_LINK_REPORTS)] = ()
 
 
 @dataclass(frozen=True)
@@ -335,7 +361,7 @@ class Busy:
 
 
 Message = (
-    Frame | SessionFrame | SessionToken | SessionFailed | SessionClose
+    Frame | Announce | SessionFrame | SessionToken | SessionFailed | SessionClose
     | Assign | Begin | Commit | Save | Release | Ping
     | Placed | Failed | Ready | Evaluated | Applied | Saved | Traffic | LinkBroken
     | Configure | Configured | Export | Exported | Busy

@@ -212,6 +212,8 @@ def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
         first_loss=losses[0] if losses else None,
         val_loss=progress.validation[-1][1] if progress.validation else None,
         step_s=progress.step_s,
+        predicted_step_s=ledger.outlook.predicted_s,
+        bound_step_s=plan.bound_s if plan and is_placed else None,
         tokens_per_s=progress.tokens_per_s if ledger.phase == "training" else None,
         tokens_total=ledger.step * progress.tokens_per_step,
         elapsed_s=time.monotonic() - progress.started_s,
@@ -223,6 +225,7 @@ def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
         placement=plan.slots if plan and is_placed else (),
         layers=plan.layers if plan and is_placed else (),
         plan_reasons=plan.reasons if plan and is_placed else (),
+        plan_verdict=ledger.replanning.verdict,
         checkpoint_step=ledger.checkpoint.step if ledger.checkpoint else None,
         losses=tuple(losses) if with_losses else (),
     )

@@ -4,6 +4,7 @@ Names carry their unit; counters end in `_total`. The label `job` belongs to Pro
 swarm job is named by `job_id` and `job_name`, which are one to one.
 """
 
+import itertools
 import json
 import logging
 import logging.handlers
@@ -24,6 +25,9 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 LOG_FILE_BYTES = 16 << 20
 """A log file is rotated at this size; two older ones are kept."""
 STEP_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
+
+MAX_LINKS = 64
+"""Links that the metrics show, so that a large swarm does not flood Prometheus."""
 
 
 # ---- logs --------------------------------------------------------------------------------------
@@ -133,11 +137,21 @@ class Metrics:
         self._children = gauge(
             "children_rss_bytes", "Resident memory of the node's processes.", ("role",)
         )
+        # `peer` is the node that is scraped: Prometheus puts that label on everything it exposes.
+        self._latency = gauge(
+            "link_latency_seconds", "One way to another peer, measured.", ("to_peer",)
+        )
+        self._bandwidth = gauge(
+            "link_bytes_per_second", "From this node to another peer, measured.", ("to_peer",)
+        )
         self._step = gauge("job_step", "Committed steps.", job)
         self._steps = gauge("job_steps", "Steps asked for.", job)
         self._loss = gauge("job_loss_nats", "Training loss of the last step, per token.", job)
         self._val_loss = gauge(
             "job_validation_loss_nats", "Held-out loss of the last evaluation, per token.", job
+        )
+        self._predicted = gauge(
+            "job_predicted_step_seconds", "What a step should take, by what was measured.", job
         )
         self._rate = gauge("job_tokens_per_second", "Tokens trained per second.", job)
         self._generation = gauge("job_generation", "Generation of the placement.", job)
@@ -188,6 +202,14 @@ class Metrics:
             except psutil.Error:
                 self._children.remove(role)
 
+    def set_links(self, links: Mapping[str, tuple[float | None, float | None]]) -> None:
+        """Show (latency in s, bytes/s) by peer, at most MAX_LINKS; the links of before vanish."""
+        for number, gauge in enumerate((self._latency, self._bandwidth)):
+            gauge.clear()
+            for peer, link in itertools.islice(links.items(), MAX_LINKS):
+                if (value := link[number]) is not None:
+                    gauge.labels(peer[-8:]).set(value)
+
     def observe_job(
         self,
         *,
@@ -203,6 +225,7 @@ class Metrics:
         generation: int,
         recoveries: int,
         recovery_s: float | None,
+        predicted_step_s: float | None,
         bytes_by_kind: Mapping[str, int],
     ) -> None:
         """Take over a job's numbers; call it at least once for each committed step.
@@ -222,6 +245,7 @@ class Metrics:
             (self._rate, tokens_per_s),
             (self._generation, generation),
             (self._recovery, recovery_s),
+            (self._predicted, predicted_step_s),
         ):
             if value is not None:
                 gauge.labels(*job).set(value)
@@ -243,6 +267,7 @@ class Metrics:
         for metric in (
             self._step, self._steps, self._loss, self._val_loss, self._rate, self._generation,
             self._recovery, self._tokens, self._recoveries, self._job_sent, self._step_s,
+            self._predicted,
         ):  # fmt: skip
             metric.remove_by_labels({"job_id": job_id})
         self._totals = {key: v for key, v in self._totals.items() if key[1] != job_id}

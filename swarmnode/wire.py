@@ -27,6 +27,7 @@ CHUNK_BYTES = 1 << 20
 CONTROL_PROTOCOL = "/swarmnode/control/1"
 TENSOR_PROTOCOL = "/swarmnode/tensor/1"
 BLOB_PROTOCOL = "/swarmnode/blob/1"
+PROBE_PROTOCOL = "/swarmnode/probe/1"
 
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in Message.__args__}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in _TYPES.items()}

@@ -241,9 +241,9 @@ def test_the_learning_rate_begins_at_the_peak_and_ends_at_its_final_share(schedu
 def test_a_job_that_serves_has_no_steps_and_one_peer_per_stage_is_enough() -> None:
     raw = {"name": "job", "kind": "serve", "model": {"path": "w"}, "placement": {"stages": 3}}
     job = check(JobFile, raw, "job")
-    assert (job.num_steps, job.placement.fewest_peers) == (0, 3)
+    assert (job.num_steps, job.placement.stages) == (0, 3)
     raw["placement"] = {"stages": 3, "min_peers": 1}
-    assert check(JobFile, raw, "job").placement.fewest_peers == 1
+    assert check(JobFile, raw, "job").placement.min_peers == 1
     assert manifest().num_steps == manifest().run.steps > 0
 
 

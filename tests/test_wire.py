@@ -4,7 +4,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, NewType, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 import pytest
@@ -36,7 +36,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return values(kind.__supertype__)
     if origin is Literal:
         return st.sampled_from(args)
-    if origin is UnionType:
+    if origin in (UnionType, Union):
         return st.one_of([values(arg) for arg in args])
     if origin is tuple:
         return bounded(kind, [])
@@ -57,6 +57,9 @@ def bounded(kind: Any, rules: list[Any]) -> st.SearchStrategy[Any]:
         return st.text("0123456789abcdef", min_size=8, max_size=64)
     if kind is int:
         return st.integers(bound("ge", -(1 << 63)), bound("lt", 1 << 63) - 1)
+    if kind is float:
+        least = bound("ge", 0) or bound("gt", 0) or 1e-3
+        return st.floats(least, bound("le", 1))
     most = min(bound("max_length", 3), 3)
     if kind is str:
         return st.text(min_size=bound("min_length", 0), max_size=most)

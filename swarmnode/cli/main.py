@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed, 2 the user can mend it, 130 interrupted.
 """
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,14 @@ app = typer.Typer(
 def _field(name: str, *flags: str) -> Any:
     """An option whose help text is the config field's own."""
     return typer.Option(*flags, help=NodeConfig.model_fields[name].description)
+
+
+class PlanObjective(StrEnum):
+    """What a plan makes small."""
+
+    DTFM = "dtfm"
+    TRAINING = "training"
+    SERVING = "serving"
 
 
 Home = Annotated[
@@ -200,6 +209,103 @@ def demo(
 
     wanted = Wanted(data, steps or DEFAULT_STEPS, seed, keep, kill, prometheus_targets, stay)
     raise typer.Exit(run_demo(wanted, as_json))
+
+
+@app.command()
+def plan(
+    network: Annotated[
+        Path,
+        typer.Option(metavar="FILE.json", help="Links among the nodes; see docs/placement.md."),
+    ],
+    objective: Annotated[PlanObjective, typer.Option(help="What to make small.")],
+    stages: Annotated[int | None, typer.Option(min=1, max=4096, help="Pipeline stages, S.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, max=4096, help="Pipelines, V.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A config.json, its folder, or a preset such as llama-7b.")
+    ] = None,
+    nodes: Annotated[Path | None, typer.Option(help="JSON: what each machine can do.")] = None,
+    job: Annotated[
+        Path | None, typer.Option(metavar="JOB.toml", help="Model, batch, codecs and grid.")
+    ] = None,
+    previous: Annotated[
+        Path | None, typer.Option(metavar="PLAN.json", help="An earlier --json answer to repair.")
+    ] = None,
+    gone: Annotated[str, typer.Option(metavar="3,7", help="Indices of dead nodes.")] = "",
+    horizon: Annotated[
+        float, typer.Option(metavar="STEPS", help="Steps to the next change: what a move may cost.")
+    ] = 10.0,
+    pin: Annotated[
+        list[str] | None, typer.Option(metavar="NODE=STAGE", help="This stage or none; repeatable.")
+    ] = None,
+    max_hops: Annotated[
+        int | None, typer.Option(min=1, help="Serving: most nodes in a chain.")
+    ] = None,
+    max_latency: Annotated[
+        float | None, typer.Option(metavar="S", help="Serving: most seconds for a token.")
+    ] = None,
+    latency_weight: Annotated[
+        float, typer.Option(min=0, help="Serving: seconds per token that 1 s of latency is worth.")
+    ] = 0.0,
+    partial: Annotated[
+        bool, typer.Option("--partial/--whole", help="Serving: enter ranges in their middle.")
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option(min=1, max=1 << 24, help="Serving: tokens per sequence.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Training: rows of a microbatch.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Training: tokens in a row.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Training: in a step.")] = None,
+    gradient_bytes: Annotated[
+        float | None, typer.Option(help="dtfm: of a stage; DT-FM's 0.65e9 unless given.")
+    ] = None,
+    activation_bytes: Annotated[
+        float | None, typer.Option(help="dtfm: of a pipeline; DT-FM's 0.4712e9 unless given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Same seed, same plan.")] = 0,
+    moves: Annotated[
+        int | None, typer.Option(min=1, max=1 << 40, help="Arrangements to try.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(metavar="T", help="Most processor seconds to search.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why, in words.")] = False,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the plan into this file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best arrangement of a swarm, and say how good it is; needs no running node."""
+    from swarmnode.cli.plan import PlanOptions, run_plan
+
+    options = PlanOptions(
+        network=network,
+        objective=objective.value,
+        stages=stages,
+        slots=slots,
+        model=model,
+        nodes=nodes,
+        job=job,
+        previous=previous,
+        gone=gone,
+        horizon=horizon,
+        pins=tuple(pin or ()),
+        max_hops=max_hops,
+        max_latency_s=max_latency,
+        latency_weight=latency_weight,
+        partial=partial,
+        context=context,
+        rows=rows,
+        sequence=sequence,
+        microbatches=microbatches,
+        gradient_bytes=gradient_bytes,
+        activation_bytes=activation_bytes,
+        seed=seed,
+        moves=moves,
+        seconds=seconds,
+        explain=explain,
+        draw=draw,
+    )
+    raise typer.Exit(run_plan(options, as_json))
 
 
 def _client(home: Path | None) -> "NodeClient":

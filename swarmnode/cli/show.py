@@ -135,7 +135,8 @@ def job_panel(view: JobView) -> RenderableType:
     facts = {
         "phase": view.phase + (f": {view.reason}" if view.reason else ""),
         "step": f"{view.step} of {view.num_steps}"
-        + (f", {view.step_s:.2f} s each" if view.step_s is not None else ""),
+        + (f", {view.step_s:.2f} s each" if view.step_s is not None else "")
+        + (f", predicted {view.predicted_step_s:.2f} s" if view.predicted_step_s else ""),
         "loss": f"{figure(view.loss)} (first {figure(view.first_loss)})",
         "validation": figure(view.val_loss),
         "speed": f"{figure(view.tokens_per_s, '.0f')} tokens/s",

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
 from swarmnode.domain import Advert, BlobRef, Generation, PeerId
-from swarmnode.messages import Message
+from swarmnode.messages import LinkReport, Message
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,8 @@ class PeersSeen:
     """The peers that the directory knows now; sent regularly, also when nothing changed."""
 
     peers: tuple[Advert, ...]
+    links: tuple[LinkReport, ...] = ()
+    """What this node measured itself."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,14 @@ class StateLost:
 
 
 @dataclass(frozen=True)
+class Improved:
+    """The solver's answer about `generation`; None if it failed."""
+
+    generation: Generation
+    found: Improvement | None
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passes."""
 
@@ -61,7 +72,7 @@ class StopAsked:
     reason: str
 
 
-Event = PeersSeen | WorkerLost | Heard | StateStored | StateLost | Tick | StopAsked
+Event = PeersSeen | WorkerLost | Heard | StateStored | StateLost | Improved | Tick | StopAsked
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,13 @@ class StoreState:
     step: int
     index: BlobRef
     provider: PeerId
+
+
+@dataclass(frozen=True)
+class Improve:
+    """Look for a better placement, aside; the answer is an Improved."""
+
+    request: ImproveRequest
 
 
 @dataclass(frozen=True)
@@ -144,4 +162,4 @@ class Write:
     record: Record
 
 
-Effect = Send | Hangup | StoreState | Write
+Effect = Send | Hangup | StoreState | Improve | Write

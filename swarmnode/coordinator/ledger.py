@@ -5,18 +5,19 @@ and the commit is in the journal; whatever is lost before that is computed again
 generation from the same weights. `Recovery` (recovery.py) decides where state comes from.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator import patience
-from swarmnode.coordinator.events import Effect, Event, Hangup, Send, StoreState, Write
+from swarmnode.coordinator.events import Effect, Event, Hangup, Improve, Send, StoreState, Write
+from swarmnode.coordinator.outlook import Outlook
 from swarmnode.coordinator.pool import Pool
 from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.publications import Publications
 from swarmnode.coordinator.recovery import Gather, Holdings
-from swarmnode.coordinator.solver import newcomers_help, solve
+from swarmnode.coordinator.replanning import Replanning
+from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.votes import (
     DisagreementError,
     DivergedError,
@@ -63,6 +64,8 @@ class Ledger:
         self.step = 0
         self.checkpoint: on.CheckpointRecord | None = None
         self.progress = Progress(manifest, now_s)
+        self.outlook = Outlook(facts, manifest, me)
+        self.replanning = Replanning(now_s)
         self._signature = signature
         self._pool = Pool()
         self._holdings = Holdings(manifest.placement.stages)
@@ -76,7 +79,6 @@ class Ledger:
         self._broken_links = patience.BrokenLinks()
         self._moved_s = now_s
         self._evaluation_due = False
-        self._replan_due = False
 
     @property
     def is_over(self) -> bool:
@@ -87,7 +89,8 @@ class Ledger:
         if self.is_over:
             return []
         match event:
-            case on.PeersSeen(peers):
+            case on.PeersSeen(peers, links):
+                self.outlook.measured.linked(self.me, links)
                 return self._on_peers(peers, now_s)
             case on.WorkerLost(peer, reason):
                 return self._on_lost(peer, reason, now_s)
@@ -101,6 +104,9 @@ class Ledger:
                 self._publications.give_up(step)
                 is_last = self.phase == "saving" and step == self.step
                 return self._failed_once(now_s) if is_last else []
+            case on.Improved(asked, found):
+                self.replanning.answered(self.generation, asked, found, now_s)
+                return self._on_improved(now_s)
             case on.Tick():
                 return self._on_tick(now_s)
             case on.StopAsked(reason):
@@ -112,16 +118,13 @@ class Ledger:
         self._pool.see(peers, now_s)
         if self.phase == "waiting":
             return self._place(now_s)
-        if self.phase in ("training", "serving"):
-            peers = self._pool.usable(now_s)
-            self._replan_due = newcomers_help(peers, self.facts, self.manifest, self.plan)
-            if self._replan_due and self.phase == "serving":
-                return self._place(now_s, keep=False)
+        self.replanning.see(self._pool.usable(now_s))
         return []
 
     def _on_lost(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
         self._pool.bar(peer, now_s)
         self._holdings.forget(peer)
+        self.outlook.measured.forget(peer)
         if self.plan is None or peer not in self.plan.workers():
             return []
         self.progress.lost(peer, now_s)
@@ -132,15 +135,26 @@ class Ledger:
         self._publications.expire(now_s)
         if self._broken_links.are_due(now_s):
             return self._on_broken_link(now_s)
-        patience_s = (
-            patience.GATHER_PATIENCE_S
-            if self._gather
-            else patience.PATIENCE_S.get(self.phase, math.inf)
-        )
+        patience_s = patience.seconds(self.phase, is_gathering=self._gather is not None)
         if now_s - self._moved_s > patience_s:
             self.reason = f"no progress for {now_s - self._moved_s:.0f} s; begun again"
             return self._failed_once(now_s)
-        return []
+        return self._look_for_better(now_s)
+
+    def _look_for_better(self, now_s: float) -> list[Effect]:
+        """While the job runs: what a step should take by now, and whether it could be less."""
+        if self.plan is None or self.phase not in ("training", "serving"):
+            return []
+        peers = self._pool.usable(now_s)
+        self.outlook.predict(self.plan, peers, now_s)
+        if not self.replanning.wants_answer(now_s):
+            return []
+        calm_s, serves = self.replanning.churn.calm_s(now_s), self.phase == "serving"
+        return [Improve(self.outlook.request(self.plan, peers, serves=serves, calm_s=calm_s))]
+
+    def _on_improved(self, now_s: float) -> list[Effect]:
+        """Conversations have no step boundary: what is worth a move moves now."""
+        return self._place(now_s) if self.replanning.chosen and self.phase == "serving" else []
 
     def _on_broken_link(self, now_s: float) -> list[Effect]:
         """Both ends live, but not for each other: begin again, the second time without one."""
@@ -153,15 +167,15 @@ class Ledger:
 
     # ---- a new generation ------------------------------------------------------------------
 
-    def _place(self, now_s: float, *, keep: bool = True) -> list[Effect]:
-        """Solve, then collect the state that the new hosts need, then assign."""
+    def _place(self, now_s: float) -> list[Effect]:
+        """At once: the better placement that waits if there is one, else what is left, repaired."""
+        peers = self._pool.usable(now_s)
+        chosen = self.replanning.take(peers)
         self._broken_links.begun_again()
-        self._replan_due = False
         self._gather = None
         self._moved_s = now_s
-        peers = self._pool.usable(now_s)
         try:
-            decision = solve(peers, self.facts, self.manifest, previous=self.plan, keep=keep)
+            decision = chosen or solve(peers, self.facts, self.manifest, previous=self.plan)
         except CapacityError as error:
             if self.phase != "waiting":
                 self._cause = self.reason
@@ -169,36 +183,20 @@ class Ledger:
             self.phase, self.reason = "waiting", f"{error}{before}"
             return []
         self.phase = "placing"
-        need = self._holdings.missing(decision.slots)
-        gather = Gather(decision=decision)
-        effects: list[Effect] = []
-        if any(not self._holdings.of(stage) for stage in need):
-            self._roll_back()
-            need = tuple(range(len(decision.slots)))
-            for stage in need:
-                gather.sources[stage] = self._origin(stage)
-        else:
-            for stage in need:
-                holder = min(self._holdings.of(stage))
-                gather.awaited[stage] = holder
-                save = Save(self.job, self.generation, self.step, stage)
-                effects.append(Send(holder, save))
+        gather = Gather.of(decision, self._holdings)
+        if gather is None:  # no live copy of some stage: back to the newest complete state
+            self._holdings.clear()
+            self._evaluation_due = False
+            self.step = self.checkpoint.step if self.checkpoint else 0
+            self.progress.rewind(self.step)
+            gather = Gather.restored(decision, self.checkpoint, self.manifest, self.me)
         self._gather = gather
-        return effects + self._assign(now_s)
+        return self._ask_for(gather.awaited) + self._assign(now_s)
 
-    def _roll_back(self) -> None:
-        """No live copy of some stage: go back to the newest complete state."""
-        self._holdings.clear()
-        self._evaluation_due = False
-        self.step = self.checkpoint.step if self.checkpoint else 0
-        self.progress.rewind(self.step)
-
-    def _origin(self, stage: int) -> StateSource:
-        if self.checkpoint is not None:
-            return StateSource("fetch", self.checkpoint.indexes[stage], (self.me,))
-        if self.manifest.model.weights is not None:
-            return StateSource("fetch", self.manifest.model.weights, (self.me,))
-        return StateSource("init")
+    def _ask_for(self, holders: Mapping[int, PeerId]) -> list[Effect]:
+        """Ask the holder of each stage to publish its state."""
+        saves = {s: Save(self.job, self.generation, self.step, s) for s in holders}
+        return [Send(peer, saves[stage]) for stage, peer in holders.items()]
 
     def _assign(self, now_s: float) -> list[Effect]:
         """Once every state that must move is published: begin the generation."""
@@ -210,17 +208,12 @@ class Ledger:
         old = set(self.plan.workers()) if self.plan else set()
         self.generation = Generation(self.generation + 1)
         workers = sorted({peer for row in decision.slots for peer in row})
-        self.plan = Plan(
-            generation=self.generation,
-            layers=decision.layers,
-            slots=decision.slots,
-            coordinator=self.me,
-            addresses=self._pool.addresses([*workers, self.me]),
-            reasons=decision.reasons,
-            predicted_step_s=decision.cost_s,
-        )
+        addresses = self._pool.addresses([*workers, self.me])
+        self.plan = decision.plan(self.generation, self.me, addresses)
         self._placed.clear()
         self._hashes.clear()
+        self.outlook.measured.disturbed()
+        self.replanning.placed(now_s)
         self._moved_s = now_s
         self._publications.give_up_unanswered()
         effects: list[Effect] = [Write(on.StartedRecord(self.generation, self.step))]
@@ -274,6 +267,8 @@ class Ledger:
             case Traffic():
                 self._moved_s = now_s if message.compute_s > 0 else self._moved_s
                 self.progress.traffic(peer, message)
+                self.outlook.measured.busy(peer, message.compute_s)
+                self.outlook.measured.linked(peer, message.links)
             case Failed(reason=reason):
                 return self._on_failed(peer, reason, now_s)
             case LinkBroken(peer=other):
@@ -301,8 +296,8 @@ class Ledger:
             return self._to_all(Begin(self.job, self.generation, self.step, evaluate=True))
         if over:
             return self._finish_saving(now_s)
-        if self._replan_due:
-            return self._place(now_s, keep=False)
+        if self.replanning.chosen:
+            return self._place(now_s)
         self.phase = "training"
         return self._to_all(Begin(self.job, self.generation, self.step))
 
@@ -325,6 +320,7 @@ class Ledger:
         self._failures = 0
         self._broken_links.clear()
         self._pool.forgive(self.plan.workers())
+        self.outlook.step_done(self.plan)
         self.reason = ""
         self.step += 1
         run = manifest.run
@@ -347,6 +343,7 @@ class Ledger:
         losses = [x for at in sorted(self._evaluated) for x in self._evaluated[at].losses]
         loss = mean_loss(losses)
         self._evaluation_due = False
+        self.outlook.measured.disturbed()
         self.progress.evaluated(self.step, loss)
         return [Write(on.EvaluationRecord(self.step, loss)), *self._next(now_s)]
 
@@ -357,10 +354,7 @@ class Ledger:
         assert self.plan is not None
         holders = {stage: row[0] for stage, row in enumerate(self.plan.slots)}
         self._publications.ask(self.step, holders, now_s)
-        return [
-            Send(peer, Save(self.job, self.generation, self.step, stage))
-            for stage, peer in holders.items()
-        ]
+        return self._ask_for(holders)
 
     def _on_saved(self, peer: PeerId, saved: Saved, now_s: float) -> list[Effect]:
         gather, stage = self._gather, saved.stage

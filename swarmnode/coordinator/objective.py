@@ -97,6 +97,10 @@ class Objective(Protocol):
         """What `arrangement` costs, without any charge for moving."""
         ...
 
+    def charged_s(self, arrangement: Arrangement, previous: Previous | None) -> float:
+        """What leaving `previous` adds to the cost of `arrangement`."""
+        ...
+
     def first(self, previous: Previous | None) -> Arrangement:
         """A valid arrangement at once (below 100 ms for 64 nodes), close to `previous`.
 

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from swarmnode.coordinator.solver import Decision
+from swarmnode.coordinator.events import CheckpointRecord
+from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.domain import PeerId, Plan
+from swarmnode.manifest import Manifest
 from swarmnode.messages import StateSource
 
 
@@ -51,6 +53,32 @@ class Gather:
     sources: dict[int, StateSource] = field(default_factory=dict)
     awaited: dict[int, PeerId] = field(default_factory=dict)
     """stage -> the holder that was asked to publish it."""
+
+    @classmethod
+    def of(cls, decision: Decision, holdings: Holdings) -> "Gather | None":
+        """What must move, asked of a live holder each; None if some stage has none."""
+        gather = cls(decision)
+        for stage in holdings.missing(decision.slots):
+            if not holdings.of(stage):
+                return None
+            gather.awaited[stage] = min(holdings.of(stage))
+        return gather
+
+    @classmethod
+    def restored(
+        cls, decision: Decision, checkpoint: CheckpointRecord | None, manifest: Manifest, me: PeerId
+    ) -> "Gather":
+        """Every stage from the newest checkpoint, else as the job began; `me` serves both."""
+        gather = cls(decision)
+        for stage in range(len(decision.slots)):
+            if checkpoint is not None:
+                source = StateSource("fetch", checkpoint.indexes[stage], (me,))
+            elif manifest.model.weights is not None:
+                source = StateSource("fetch", manifest.model.weights, (me,))
+            else:
+                source = StateSource("init")
+            gather.sources[stage] = source
+        return gather
 
     def source(self, stage: int, peer: PeerId, holdings: Holdings) -> StateSource:
         """Where `peer` gets `stage`."""

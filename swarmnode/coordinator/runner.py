@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
+from swarmnode.coordinator.solving import Solver
 from swarmnode.domain import Advert, PeerId
 from swarmnode.errors import PeerError, SwarmError
-from swarmnode.messages import Assign, Message
+from swarmnode.messages import Assign, LinkReport, Message
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.ports import Transport
@@ -36,6 +38,9 @@ class RunnerTools:
     on_changed: Callable[[Ledger], None]
     """Called after every event of a job."""
     log: Callable[..., None]
+    solver: Solver
+    links: Callable[[], tuple[LinkReport, ...]]
+    """What this node measured of its own links."""
     on_checkpoint: Callable[[], None] = lambda: None
     """Called in a thread after a checkpoint is in the journal: older ones may go."""
 
@@ -124,7 +129,7 @@ class JobRunner:
 
     async def _tick(self) -> None:
         while True:
-            await self.tell(on.PeersSeen(self._tools.peers()))
+            await self.tell(on.PeersSeen(self._tools.peers(), self._tools.links()))
             await self.tell(on.Tick())
             await asyncio.sleep(TICK_S)
 
@@ -145,6 +150,18 @@ class JobRunner:
                     line.task.cancel()
             case on.StoreState():
                 self._group.create_task(self._store(effect), name=f"store {effect.stage}")
+
+            case on.Improve(request):
+                self._group.create_task(self._improve(request), name="improve the placement")
+
+    async def _improve(self, request: ImproveRequest) -> None:
+        """Ask the solver; a job never fails because it could not be improved."""
+        found: Improvement | None = None
+        try:
+            found = await self._tools.solver.improve(request)
+        except SwarmError as error:
+            self._tools.log("not improved", job=self.ledger.job, reason=str(error)[:300])
+        await self.tell(on.Improved(request.plan.generation, found))
 
     def _send(self, peer: PeerId, message: Message) -> None:
         assert self._group is not None

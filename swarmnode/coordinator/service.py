@@ -17,11 +17,12 @@ from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.replay import replay
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
-from swarmnode.coordinator.solver import solve
+from swarmnode.coordinator.solver.fill import solve
+from swarmnode.coordinator.solver.request import GridRequest, Swarm
 from swarmnode.coordinator.submission import FactsOf, prepare, unpack_folder
 from swarmnode.domain import BlobRef, JobId, ModelFacts, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
-from swarmnode.manifest import Manifest, check, parse_job
+from swarmnode.manifest import JobFile, Manifest, PlacementConfig, check, parse_job
 from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.session import first_error
 from swarmnode.p2p.states import (
@@ -113,7 +114,12 @@ class CoordinatorService:
         self._directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._directory, prefix=".submit-") as scratch:
             prepared = await prepare(
-                job, self._identity.peer, self._tools.store, Path(scratch), self._facts_of
+                job,
+                self._identity.peer,
+                self._tools.store,
+                Path(scratch),
+                self._facts_of,
+                self._decide_grid,
             )
         manifest, facts = prepared.manifest, prepared.facts
         solve(self._tools.peers(), facts, manifest)  # refuses now what could not start
@@ -129,6 +135,14 @@ class CoordinatorService:
         _write_durably(directory / JOB_FILE, json.dumps(saved, indent=1))
         self._start(manifest, facts, bytes.fromhex(saved["signature"]), directory)
         return manifest.job
+
+    async def _decide_grid(self, job: JobFile, facts: ModelFacts) -> PlacementConfig:
+        """What the job leaves open of its grid, for who is here; the solver decides."""
+        wish = job.placement
+        swarm = Swarm(self._tools.peers())
+        if wish.stages and wish.slots and (wish.layers or swarm.is_even(job.run.compute)):
+            return PlacementConfig(**wish.model_dump(exclude_none=True))
+        return await self._tools.solver.decide_grid(GridRequest(swarm, facts, job.open))
 
     async def restore(self) -> None:
         """Start again every job that an earlier life of this node had not ended."""

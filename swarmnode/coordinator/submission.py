@@ -11,7 +11,14 @@ from typing import Any
 from swarmnode.coordinator.corpus import build_corpus
 from swarmnode.domain import BlobRef, ModelFacts, PeerId
 from swarmnode.errors import DataError, ManifestError
-from swarmnode.manifest import DataContent, JobBase, JobFile, Manifest, ModelContent
+from swarmnode.manifest import (
+    DataContent,
+    JobBase,
+    JobFile,
+    Manifest,
+    ModelContent,
+    PlacementConfig,
+)
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.states import index_tensors
 from swarmnode.tensorfiles import TensorSpan, read_header
@@ -28,6 +35,8 @@ TOKENIZER_FILES = (
 )
 
 FactsOf = Callable[[Mapping[str, Any], int, tuple[str, ...] | None], Awaitable[ModelFacts]]
+DecideGrid = Callable[[JobFile, ModelFacts], Awaitable[PlacementConfig]]
+"""Chooses what a job leaves open of its grid. Raises: CapacityError."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +48,26 @@ class Prepared:
 
 
 async def prepare(
-    job: JobFile, me: PeerId, store: BlobStore, scratch: Path, facts_of: FactsOf
+    job: JobFile,
+    me: PeerId,
+    store: BlobStore,
+    scratch: Path,
+    facts_of: FactsOf,
+    decide_grid: DecideGrid,
 ) -> Prepared:
     """Read and check everything that a job file names, and store it by content.
 
-    Raises: ManifestError, DataError, each with one clear line.
+    Raises: ManifestError, DataError, CapacityError, each with one clear line.
     """
     config, spans = await asyncio.to_thread(_read_model, job)
     stored = tuple(spans) if spans else None
-    facts = await facts_of(config, job.placement.stages, stored)
+    facts = await facts_of(config, job.placement.stages or 2, stored)
     if job.kind == "train" and job.batch.sequence_length > facts.max_positions:
         raise ManifestError(
             f"batch.sequence_length = {job.batch.sequence_length} is over the model's "
             f"{facts.max_positions} positions; lower it"
         )
+    placement = await decide_grid(job, facts)
     folder = await asyncio.to_thread(_tokenizer_folder, job, scratch, facts.max_positions)
     tokenizer = load_tokenizer(folder)
     if tokenizer.num_tokens > facts.vocab_size:
@@ -65,6 +80,7 @@ async def prepare(
     shared = {name: getattr(job, name) for name in JobBase.model_fields}
     manifest = Manifest(
         **shared,
+        placement=placement,
         model=ModelContent(config=config, weights=weights),
         data=data,
         tokenizer=await asyncio.to_thread(_publish_folder, folder, store),

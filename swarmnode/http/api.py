@@ -73,6 +73,10 @@ class JobView:
     """Mean held-out loss of the last evaluation, nats per token."""
     step_s: float | None
     """Seconds between the last two commits."""
+    predicted_step_s: float | None
+    """What a step of this placement should take, by what its machines have measured."""
+    bound_step_s: float | None
+    """No placement of these machines has a faster step; null where nobody knows."""
     tokens_per_s: float | None
     tokens_total: int
     elapsed_s: float
@@ -88,6 +92,8 @@ class JobView:
     """placement[stage][slot]; empty while there is none."""
     layers: tuple[tuple[int, int], ...]
     plan_reasons: tuple[str, ...]
+    plan_verdict: str
+    """Why the newest placement that was looked at is not taken; empty if nothing was found."""
     checkpoint_step: int | None
     """Committed steps that the newest complete checkpoint holds."""
     losses: tuple[float, ...] = field(default=(), repr=False)

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import msgpack
 
-from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
+from swarmnode.domain import Advert, Coordinate, DeviceSpec, Limits, PeerId, Reach
 from swarmnode.errors import ProtocolError
+from swarmnode.p2p import coordinates
 from swarmnode.p2p.identity import verify as verify_signature
+from swarmnode.p2p.links import MAX_BYTES_PER_S
 
 MAX_RECORD_BYTES = 4096
 MAX_LEASE_S = 600.0
@@ -22,7 +24,7 @@ MAX_LEASE_S = 600.0
 CLOCK_SLACK_S = 10.0
 """How far the clocks of two honest peers may differ."""
 _CONTEXT = b"swarmnode advert\0"
-_FORMAT = 1
+_FORMAT = 2
 MAX_ADDRESSES = 16
 _SIGNATURE_BYTES = 64
 _DTYPES = ("bfloat16", "float32")
@@ -93,7 +95,8 @@ def authenticate(record: bytes, *, owner: str | None = None) -> Advert:
 
 
 def _pack(advert: Advert) -> bytes:
-    device, limits = advert.device, advert.limits
+    device, limits, reach = advert.device, advert.limits, advert.reach
+    speeds = (reach.uplink_bytes_per_s, reach.downlink_bytes_per_s)
     return bytes(
         msgpack.packb(
             [
@@ -113,6 +116,7 @@ def _pack(advert: Advert) -> bytes:
                 advert.version,
                 advert.incarnation,
                 float(advert.expires_at_s),
+                [float(value) for value in (*reach.coordinate, *speeds)],
             ]
         )
     )
@@ -130,7 +134,7 @@ def _advert(body: Any) -> Advert:
     """The advert that `body` spells; types are exact here, ranges are checked by `_check`."""
     match body:
         case [
-            1,
+            2,
             str(peer),
             [*addresses],
             [
@@ -144,10 +148,13 @@ def _advert(body: Any) -> Advert:
             str(version),
             incarnation,
             float(expires_at_s),
+            [*reach],
         ] if (
             _are(addresses, str)
             and len(counts) == 3
             and len(limits) == 2
+            and len(reach) == 7
+            and _are(reach, float)
             and _are([*counts, *limits, incarnation], int)
         ):
             return Advert(
@@ -166,6 +173,7 @@ def _advert(body: Any) -> Advert:
                 version=version,
                 incarnation=incarnation,
                 expires_at_s=expires_at_s,
+                reach=Reach(Coordinate(*reach[:5]), *reach[5:]),
             )
     raise BadAdvertError("schema", "not the fields of an advert")
 
@@ -177,7 +185,7 @@ def _are(values: list[Any], kind: type) -> bool:
 
 def _check(advert: Advert) -> None:
     """Refuse what no honest machine says. Raises: BadAdvertError("schema", which field)."""
-    device, limits = advert.device, advert.limits
+    device, limits, reach = advert.device, advert.limits, advert.reach
     suffix = f"/p2p/{advert.peer}"
     checks = (
         (1 <= len(advert.addresses) <= MAX_ADDRESSES, "number of addresses"),
@@ -196,6 +204,9 @@ def _check(advert: Advert) -> None:
         (_VERSION.fullmatch(advert.version) is not None, "version"),
         (0 <= advert.incarnation < 1 << 63, "incarnation"),
         (_is_within(advert.expires_at_s, 0.0, 1e11), "expiry"),
+        (coordinates.is_sound(reach.coordinate), "coordinate"),
+        (_is_within(reach.uplink_bytes_per_s, 0.0, MAX_BYTES_PER_S), "uplink"),
+        (_is_within(reach.downlink_bytes_per_s, 0.0, MAX_BYTES_PER_S), "downlink"),
     )
     for is_fine, what in checks:
         if not is_fine:

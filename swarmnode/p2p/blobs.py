@@ -9,6 +9,7 @@ against its hash before it counts.
 import asyncio
 import contextlib
 import hashlib
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from swarmnode.errors import (
     SwarmError,
 )
 from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.links import OnTransfer, ignore_transfer
 from swarmnode.p2p.ports import EndOfStream, Stream, Transport
 from swarmnode.wire import BLOB_PROTOCOL, MAX_BLOB_BYTES
 
@@ -161,12 +163,14 @@ class BlobClient:
         transport: Transport,
         store: BlobStore,
         on_count: OnCount = ignore_count,
+        on_transfer: OnTransfer = ignore_transfer,
         *,
         max_in_flight: int = 4,
     ) -> None:
         self._transport = transport
         self._store = store
         self._on_count = on_count
+        self._on_transfer = on_transfer
         self._max_in_flight = max_in_flight
 
     async def fetch(self, job: JobId, ref: BlobRef, providers: Sequence[Provider]) -> bytes:
@@ -207,7 +211,16 @@ class BlobClient:
         report(0)
         if not absent:
             return
-        fetch = _Fetch(self._transport, self._store, self._on_count, job, absent, providers, report)
+        fetch = _Fetch(
+            self._transport,
+            self._store,
+            self._on_count,
+            self._on_transfer,
+            job,
+            absent,
+            providers,
+            report,
+        )
         failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
@@ -234,6 +247,7 @@ class _Fetch:
         transport: Transport,
         store: BlobStore,
         on_count: OnCount,
+        on_transfer: OnTransfer,
         job: JobId,
         absent: Sequence[BlobRef],
         providers: Sequence[Provider],
@@ -242,12 +256,15 @@ class _Fetch:
         self._transport = transport
         self._store = store
         self._on_count = on_count
+        self._on_transfer = on_transfer
         self._job = job
         self._pending = deque(absent)
         self._providers = dict(providers)
         self._dropped: dict[PeerId, PeerError | ChunkError] = {}
         self._lacking: dict[BlobRef, set[PeerId]] = {}
         self._load: Counter[PeerId] = Counter()
+        self._arrived: Counter[PeerId] = Counter()
+        """Bytes of each provider so far, over all streams: they share one link."""
         self._report = report
         self._done_bytes = 0
 
@@ -332,6 +349,7 @@ class _Fetch:
             return None
         if status != "ok":
             raise ProtocolError("blob answer has the wrong fields")
+        first_s, before = 0.0, 0
         data = bytearray(ref.num_bytes)
         filled = 0
         while filled < ref.num_bytes:
@@ -339,7 +357,14 @@ class _Fetch:
             if not 0 < len(piece) <= ref.num_bytes - filled:
                 raise ProtocolError(f"a piece of {len(piece)} bytes does not fit the blob")
             data[filled : filled + len(piece)] = piece
+            self._arrived[stream.peer] += len(piece)
+            if filled == 0:
+                first_s, before = time.monotonic(), self._arrived[stream.peer]
             filled += len(piece)
+        if ref.num_bytes > PIECE_BYTES:  # the link was busy from the first piece to the last
+            self._on_transfer(
+                stream.peer, self._arrived[stream.peer] - before, time.monotonic() - first_s
+            )
         return data
 
     def _drop(self, peer: PeerId, error: PeerError | ChunkError) -> None:

@@ -6,12 +6,15 @@ counted; so is a frame of an older generation.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.errors import PeerError, PeerLostError, ProtocolError
 from swarmnode.messages import (
+    Announce,
     Frame,
     Message,
     SentKind,
@@ -20,6 +23,7 @@ from swarmnode.messages import (
     SessionFrame,
     SessionToken,
 )
+from swarmnode.p2p.links import LARGE_BYTES, ArrivalClock, OnTransfer, ignore_transfer
 from swarmnode.p2p.ports import EndOfStream, Stream, Transport
 from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack, unpack
 
@@ -27,6 +31,9 @@ MAX_QUEUED_FRAMES = 1024
 MIN_TIMEOUT_S = 30.0
 MIN_BYTES_PER_S = 64 << 10
 """A link that is slower than this is as good as broken."""
+
+ANNOUNCE_EVERY_S = 0.5
+"""On each stream, one large message in so much time is announced, so that it can be timed."""
 
 TensorMessage = Frame | SessionFrame | SessionToken | SessionFailed | SessionClose
 Deliver = Callable[[TensorMessage, bytes | bytearray | memoryview], Awaitable[None]]
@@ -61,11 +68,16 @@ class Switch:
         group: asyncio.TaskGroup,
         on_dropped: Callable[[str], None],
         on_sent: Callable[[str, int], None],
+        on_transfer: OnTransfer = ignore_transfer,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock` times transfers: an event loop's own may only count milliseconds."""
         self._transport = transport
         self._group = group
         self._on_dropped = on_dropped
         self._on_sent = on_sent
+        self._on_transfer = on_transfer
+        self._clock = clock
         self._jobs: dict[JobId, _Entry] = {}
         transport.serve(TENSOR_PROTOCOL, self._accept, max_message_bytes=MAX_TENSOR_BYTES)
 
@@ -106,6 +118,12 @@ class Switch:
         """Whether the job's current plan names `peer`."""
         entry = self._jobs.get(job)
         return entry is not None and entry.plan.names(peer)
+
+    def partners(self) -> frozenset[PeerId]:
+        """Every other peer that a plan of a job here names."""
+        plans = [entry.plan for entry in self._jobs.values()]
+        named = {peer for plan in plans for peer in (plan.coordinator, *plan.workers())}
+        return frozenset(named - {self._transport.peer})
 
     def sent(self, job: JobId) -> dict[SentKind, int]:
         """Bytes put on the wire for `job` so far, by kind."""
@@ -160,6 +178,7 @@ class Switch:
     ) -> None:
         """Send what is queued for one peer, until the stream breaks."""
         stream: Stream | None = None
+        announce_s = -math.inf
         try:
             addresses = entry.plan.addresses.get(peer, ())
             stream = await self._transport.open(
@@ -171,6 +190,9 @@ class Switch:
                     continue
                 header = pack(message)
                 async with asyncio.timeout(MIN_TIMEOUT_S + len(payload) / MIN_BYTES_PER_S):
+                    if len(payload) >= LARGE_BYTES and self._clock() >= announce_s:
+                        announce_s = self._clock() + ANNOUNCE_EVERY_S
+                        await stream.send(pack(Announce(message.job)))
                     await stream.send(header, payload)
                 kind: SentKind = message.kind if isinstance(message, Frame) else "session"
                 num_bytes = len(header) + len(payload)
@@ -191,14 +213,23 @@ class Switch:
         if not any(entry.plan.names(stream.peer) for entry in self._jobs.values()):
             self._on_dropped("refused_peer")
             raise ProtocolError(f"{stream.peer} has no part in any job here")
+        arrivals = ArrivalClock(self._clock())
         while True:
             try:
-                message, payload = unpack(await stream.receive())
+                asked_s = self._clock()
+                data = await stream.receive()
+                now_s = self._clock()
+                message, payload = unpack(data)
             except (EndOfStream, PeerLostError):
                 return
             except ProtocolError:
                 self._on_dropped("bad_frame")
                 raise
+            if isinstance(message, Announce):
+                arrivals.announced(asked_s, now_s)
+                continue
+            if (seconds := arrivals.arrived(now_s)) is not None:
+                self._on_transfer(stream.peer, len(data), seconds)
             if not isinstance(message, TensorMessage):
                 self._on_dropped("bad_frame")
                 raise ProtocolError(f"{type(message).__name__} on a tensor stream")

@@ -12,6 +12,7 @@ from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan
 from swarmnode.errors import ChildError, ProtocolError, SwarmError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
+    MAX_LINK_REPORTS,
     Applied,
     Assign,
     Begin,
@@ -25,6 +26,7 @@ from swarmnode.messages import (
     Failed,
     Frame,
     LinkBroken,
+    LinkReport,
     Message,
     Placed,
     Ready,
@@ -67,6 +69,8 @@ class HostTools:
     num_threads: int
     on_sent: Callable[[str, int], None]
     on_compute: Callable[[float], None]
+    links: Callable[[], tuple[LinkReport, ...]] = tuple
+    """What this node has measured of its links."""
 
 
 class JobHost:
@@ -302,8 +306,15 @@ class JobHost:
     def _post_traffic(self) -> None:
         sent: dict[SentKind, int] = self._tools.switch.sent(self.job)
         sent["control"] = self._control_bytes
-        self._post(Traffic(self.job, sent, self._compute_s))
+        self._post(Traffic(self.job, sent, self._compute_s, self._links()))
         self._compute_s = 0.0
+
+    def _links(self) -> tuple[LinkReport, ...]:
+        """Our paths to the other peers of the plan, as far as they were measured."""
+        if self.plan is None:
+            return ()
+        reports = [link for link in self._tools.links() if self.plan.names(link.peer)]
+        return tuple(reports[:MAX_LINK_REPORTS])
 
     def _on_control(self, num_bytes: int) -> None:
         self._control_bytes += num_bytes

@@ -10,6 +10,13 @@ from pydantic.fields import FieldInfo
 from swarmnode.manifest import JobFile, load_job_file
 from swarmnode.presets import byte_llama_config
 
+WORDS = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    dict: "table",
+    tuple: "list of integers",
+}
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 
@@ -51,7 +58,7 @@ def kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def shown(value: object) -> str:
-    return {None: "none"}.get(value, str(value)) if not isinstance(value, str) else f'"{value}"'
+    return f'"{value}"' if isinstance(value, str) else "none" if value is None else str(value)
 
 
 def values(field: FieldInfo) -> str:
@@ -62,7 +69,7 @@ def values(field: FieldInfo) -> str:
             names += [f'`"{choice}"`' for choice in get_args(kind)]
         elif kind is not type(None):
             name = get_origin(kind) or kind
-            names.append({str: "text", int: "integer", float: "number", dict: "table"}[name])
+            names.append(WORDS[name])
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [
         f"{sign} {getattr(each, key):g}" if getattr(each, key) < 1e6 else ""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.replay import replay
+from swarmnode.coordinator.solver.fill import solve
+from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
 from swarmnode.domain import Advert, BlobRef, DeviceSpec, Limits, ModelFacts, PeerId, Plan, SlotId
 from swarmnode.manifest import (
     BatchConfig,
@@ -148,6 +150,7 @@ class Bench:
         self.sent: list[on.Send] = []
         self.published: dict[BlobRef, tuple[int, ...]] = {}
         self.inbox: deque[on.Event] = deque()
+        self.move_s = 0.0
 
     def start(self) -> "Bench":
         self.feed(on.PeersSeen(tuple(self.adverts.values())))
@@ -165,8 +168,20 @@ class Bench:
                     if peer in self.workers:
                         for answer in self.workers[peer].take(message, self.published):
                             self.inbox.append(on.Heard(peer, answer))
+                case on.Improve(request):
+                    self.inbox.append(on.Improved(request.plan.generation, self.improve(request)))
                 case on.StoreState(stage, step, index):
                     self.inbox.append(on.StateStored(stage, step, index))
+
+    def improve(self, request: ImproveRequest) -> Improvement:
+        """A solver that places everything afresh, with the first answer's own prediction."""
+        decision = solve(request.swarm.peers, request.facts, request.job)
+        return Improvement(decision, request.plan.predicted_step_s, self.move_s)
+
+    def tick(self, after_s: float) -> None:
+        """Time passes, and the ledger hears of it."""
+        self.now_s += after_s
+        self.feed(on.Tick())
 
     def next(self) -> on.Event:
         event = self.inbox.popleft()

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from swarmnode.coordinator import events as on
+from swarmnode.coordinator.solver.fill import solve
+from swarmnode.coordinator.solver.request import Improvement
 from swarmnode.domain import Generation, PeerId
 from swarmnode.messages import Assign, Commit, Failed, LinkBroken, Ready
 from tests.coordinator.bench import BLOB, Bench, advert, manifest
@@ -144,30 +146,64 @@ def test_too_few_peers_wait_and_go_on_when_one_comes() -> None:
     assert histories(bench) == {tuple(range(STEPS))}
 
 
-def test_a_newcomer_takes_a_slot_from_a_peer_that_hosts_two() -> None:
-    bench = Bench(manifest(steps=STEPS), "abc").start()
+def with_a_newcomer(names: str, *, move_s: float = 0.0, settled_s: float = 10.0) -> Bench:
+    """A job on `names` in which somebody new arrives after the first step."""
+    bench = Bench(manifest(steps=STEPS), names).start()
+    bench.move_s = move_s
     while bench.ledger.step < 1:
         bench.next()
     newcomer = advert("e")
     bench.adverts[newcomer.peer] = newcomer
     bench.workers[newcomer.peer] = type(bench.workers[PeerId("a")])(newcomer.peer, bench.job.batch)
     bench.start()
+    bench.tick(settled_s)
     bench.run()
     assert bench.ledger.plan is not None
-    assert newcomer.peer in bench.ledger.plan.workers()
+    return bench
+
+
+def test_a_newcomer_takes_a_slot_from_a_peer_that_hosts_two() -> None:
+    bench = with_a_newcomer("abc")
+    assert PeerId("e") in bench.ledger.plan.workers()
     assert bench.commits() == list(range(STEPS))
     assert histories(bench) == {tuple(range(STEPS))}
 
 
-def test_a_newcomer_that_does_not_help_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("names", "move_s", "settled_s"),
+    [("abcd", 0.0, 10.0), ("abc", 1e6, 10.0), ("abc", 0.0, 0.0)],
+    ids=["no faster step", "a move that never pays", "right after another change"],
+)
+def test_nothing_moves_without_a_reason(names: str, move_s: float, settled_s: float) -> None:
+    bench = with_a_newcomer(names, move_s=move_s, settled_s=settled_s)
+    assert bench.ledger.generation == 1
+    assert PeerId("e") not in bench.ledger.plan.workers()
+
+
+def test_a_better_placement_found_for_an_older_generation_is_not_taken() -> None:
+    bench = Bench(manifest(steps=STEPS), "abc").start()
+    while bench.ledger.step < 1:
+        bench.next()
+    plan = bench.ledger.plan
+    assert plan is not None
+    found = Improvement(solve([advert("a")], bench.ledger.facts, bench.job), None, 0.0)
+    bench.feed(on.Improved(Generation(plan.generation - 1), found))
+    assert bench.ledger.replanning.chosen is None
+    bench.feed(on.Improved(plan.generation, found))
+    assert bench.ledger.replanning.chosen == found.decision
+
+
+def test_a_better_placement_whose_machine_died_meanwhile_is_not_taken() -> None:
     bench = Bench(manifest(steps=STEPS), "abcd").start()
     while bench.ledger.step < 1:
         bench.next()
-    generation = bench.ledger.generation
-    bench.adverts[PeerId("e")] = advert("e")
-    bench.start()
+    assert bench.ledger.plan is not None
+    decision = solve(tuple(bench.adverts.values()), bench.ledger.facts, bench.job)
+    bench.feed(on.Improved(bench.ledger.plan.generation, Improvement(decision, None, 0.0)))
+    bench.kill("d")
     bench.run()
-    assert bench.ledger.generation == generation
+    assert PeerId("d") not in bench.ledger.plan.workers()
+    assert histories(bench) == {tuple(range(STEPS))}
 
 
 def test_a_lost_peer_gets_no_work_until_its_advert_is_renewed() -> None:
@@ -183,7 +219,9 @@ def test_a_lost_peer_gets_no_work_until_its_advert_is_renewed() -> None:
     bench.workers[late.peer] = type(bench.workers[PeerId("a")])(late.peer, bench.job.batch)
     bench.adverts[late.peer] = advert("d", until_s=3e9)
     bench.start()
-    bench.run()
+    bench.tick(10.0)
+    while bench.inbox:
+        bench.next()
     assert bench.ledger.plan is not None
     assert "d" in bench.ledger.plan.workers()
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmnode.coordinator.cost.needs import machine_bytes, split_layers, stage_needs
-from swarmnode.coordinator.solver import Decision, newcomers_help, solve
+from swarmnode.coordinator.solver.decision import Decision
+from swarmnode.coordinator.solver.fill import solve
 from swarmnode.domain import (
     Advert,
     DeviceSpec,
@@ -19,8 +20,8 @@ from swarmnode.domain import (
     Plan,
     SlotId,
 )
-from swarmnode.errors import CapacityError
-from swarmnode.manifest import BatchConfig, JobFile, PlacementConfig, check
+from swarmnode.errors import CapacityError, ManifestError
+from swarmnode.manifest import BatchConfig, PlacedJob, PlacementConfig
 
 FACTS = ModelFacts(6, 1000, 500, 500, 16, 300, 128, False)
 ROOMY = 1 << 30
@@ -38,13 +39,11 @@ def advert(name: str, *, flops: float = 1e9, memory: int = ROOMY, device: int = 
     )
 
 
-def job(stages: int, slots: int, *, min_peers: int | None = 1) -> JobFile:
-    blank = check(JobFile, {"name": "j", "model": {"config": "c"}, "data": {"path": "t"}}, "job")
-    return blank.model_copy(
-        update={
-            "placement": PlacementConfig(stages=stages, slots=slots, min_peers=min_peers),
-            "batch": BatchConfig(rows=1, sequence_length=8, num_microbatches=2 * slots),
-        }
+def job(stages: int, slots: int, *, min_peers: int | None = 1) -> PlacedJob:
+    return PlacedJob(
+        name="j",
+        placement=PlacementConfig(stages=stages, slots=slots, min_peers=min_peers),
+        batch=BatchConfig(rows=1, sequence_length=8, num_microbatches=2 * slots),
     )
 
 
@@ -62,7 +61,7 @@ def stages_on(decision: Decision, peer: PeerId) -> list[int]:
     return [at.stage for at in plan_of(decision).hosted_by(peer)]
 
 
-def check_decision(decision: Decision, peers: list[Advert], job: JobFile) -> None:
+def check_decision(decision: Decision, peers: list[Advert], job: PlacedJob) -> None:
     """What must be true of every placement."""
     assert [len(row) for row in decision.slots] == [job.placement.slots] * job.placement.stages
     needs = stage_needs(FACTS, job, decision.layers)
@@ -93,7 +92,7 @@ jobs = st.builds(job, st.integers(1, 4), st.integers(1, 4))
 @settings(max_examples=200, deadline=None)
 @given(peers=swarms, job=jobs)
 def test_every_slot_is_placed_within_every_limit_or_one_line_says_why(
-    peers: list[Advert], job: JobFile
+    peers: list[Advert], job: PlacedJob
 ) -> None:
     try:
         decision = solve(peers, FACTS, job)
@@ -111,7 +110,7 @@ def test_every_slot_is_placed_within_every_limit_or_one_line_says_why(
 @settings(max_examples=200, deadline=None)
 @given(peers=swarms, job=jobs, data=st.data())
 def test_slots_of_live_machines_stay_and_the_rest_is_placed_within_the_limits(
-    peers: list[Advert], job: JobFile, data: st.DataObject
+    peers: list[Advert], job: PlacedJob, data: st.DataObject
 ) -> None:
     try:
         before = plan_of(solve(peers, FACTS, job))
@@ -146,13 +145,27 @@ def test_when_all_are_alive_nothing_moves() -> None:
     assert decision.reasons == ("4 of 4 slots stay where they are",)
 
 
-def test_without_keep_a_newcomer_gets_work_and_only_what_is_new_moves() -> None:
-    one = [advert("a")]
-    before = plan_of(solve(one, FACTS, job(2, 1)))
-    decision = solve([*one, advert("b")], FACTS, job(2, 1), previous=before, keep=False)
-    assert sorted(row[0] for row in decision.slots) == ["a", "b"]
-    (moved,) = decision.moved
-    assert decision.slots[moved.stage][moved.slot] == "b"
+def test_a_pinned_machine_holds_its_stage_or_nothing() -> None:
+    peers = [advert("a", flops=1e12), *(advert(name) for name in "bcd")]
+    pinned = job(2, 2)
+    placement = pinned.placement.model_copy(update={"pins": {PeerId("a"): 1, PeerId("b"): 0}})
+    decision = solve(peers, FACTS, pinned.model_copy(update={"placement": placement}))
+    assert PeerId("a") not in decision.slots[0]
+    assert PeerId("b") not in decision.slots[1]
+    alone = {PeerId("a"): 1, PeerId("b"): 1, PeerId("c"): 1, PeerId("d"): 1}
+    placement = pinned.placement.model_copy(update={"pins": alone})
+    with pytest.raises(CapacityError):
+        solve(peers, FACTS, pinned.model_copy(update={"placement": placement}))
+
+
+def test_layers_are_split_as_the_job_says_and_only_if_they_are_the_model_s() -> None:
+    wanted = job(2, 1)
+    placement = wanted.placement.model_copy(update={"layers": (4, 2)})
+    uneven = wanted.model_copy(update={"placement": placement})
+    assert solve([advert("a")], FACTS, uneven).layers == ((0, 4), (4, 6))
+    placement = wanted.placement.model_copy(update={"layers": (4, 4)})
+    with pytest.raises(ManifestError, match="does not cut 6 layers into 2 stages"):
+        solve([advert("a")], FACTS, wanted.model_copy(update={"placement": placement}))
 
 
 def test_a_lost_slot_goes_to_an_idle_machine_before_one_at_work() -> None:
@@ -219,7 +232,7 @@ def test_a_machine_that_states_no_speed_still_counts() -> None:
     ],
 )
 def test_what_cannot_be_placed_is_refused_with_what_is_missing(
-    peers: list[Advert], wanted: JobFile, says: str
+    peers: list[Advert], wanted: PlacedJob, says: str
 ) -> None:
     with pytest.raises(CapacityError) as caught:
         solve(peers, FACTS, wanted)
@@ -242,18 +255,3 @@ def test_a_machine_with_a_lower_limit_than_before_is_not_overfilled() -> None:
     needs = stage_needs(FACTS, wanted, before.layers)
     peers = [advert("a", memory=machine_bytes(needs, [0])), advert("b")]
     check_decision(solve(peers, FACTS, wanted, previous=before), peers, wanted)
-
-
-# ---- whether to move at all --------------------------------------------------------------------
-
-
-def test_newcomers_help_only_where_they_make_the_step_clearly_faster() -> None:
-    one, two = [advert("a")], [advert("a"), advert("b")]
-    crowded = plan_of(solve(one, FACTS, job(2, 1)))
-    assert newcomers_help(two, FACTS, job(2, 1), crowded)
-    assert not newcomers_help(one, FACTS, job(2, 1), crowded)  # nobody new
-    assert not newcomers_help([advert("a"), advert("b", flops=1e6)], FACTS, job(2, 1), crowded)
-    assert not newcomers_help([advert("b", memory=10)], FACTS, job(2, 1), crowded)  # too small
-    assert not newcomers_help(two, FACTS, job(2, 1), None)
-    spread = plan_of(solve(two, FACTS, job(2, 1)))
-    assert not newcomers_help([*two, advert("c", flops=1e12)], FACTS, job(2, 1), spread)

@@ -12,7 +12,7 @@ import pytest
 from swarmnode.coordinator.submission import TOKENIZER_FILES, Prepared, prepare, unpack_folder
 from swarmnode.domain import BlobRef, ModelFacts, PeerId
 from swarmnode.errors import DataError, ManifestError, UserError
-from swarmnode.manifest import Manifest, check, parse_job
+from swarmnode.manifest import JobFile, Manifest, PlacementConfig, check, parse_job
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.states import IndexedTensor, TensorIndex, write_safetensors
 from swarmnode.tokenizer import load_tokenizer, write_byte_tokenizer
@@ -22,6 +22,10 @@ ME = PeerId("me")
 FACTS = ModelFacts(2, 1000, 500, 500, 16, 300, 128, False)
 CONFIG = {"model_type": "llama", "vocab_size": 300}
 TEXT = "All that is named becomes content. " * 100
+
+
+async def decide_grid(job: JobFile, facts: ModelFacts) -> PlacementConfig:
+    return PlacementConfig(**job.placement.model_dump(exclude_none=True))
 
 
 class World:
@@ -53,7 +57,7 @@ class World:
         job = parse_job(raw, base=self.folder, source="job")
         scratch = self.folder / "scratch"
         scratch.mkdir(exist_ok=True)
-        return asyncio.run(prepare(job, ME, self.store, scratch, self._facts_of))
+        return asyncio.run(prepare(job, ME, self.store, scratch, self._facts_of, decide_grid))
 
     def tokens(self, ref: BlobRef) -> list[int]:
         """The token ids of an index."""

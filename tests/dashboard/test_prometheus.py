@@ -26,7 +26,7 @@ pytestmark = [
 ]
 ALWAYS = (
     "Last recovery", "Device memory in use", "Bytes sent by node", "Dropped",
-    "Memory of the processes", "Peers by node",
+    "Memory of the processes", "Peers by node", "Links: latency", "Links: bandwidth",
 )  # fmt: skip
 
 
@@ -38,10 +38,12 @@ def one_step(metrics: Metrics, step: int) -> None:
     metrics.set_device_memory(total_bytes=8 << 30, free_bytes=6 << 30)
     metrics.observe_children({"directory": os.getpid()})
     metrics.count_dropped("stale_frame")
+    metrics.set_links({"12D3KooWfarAwayNode": (0.02, 12.5e6)})
     metrics.observe_job(
         job_id="00112233aabbccdd", job_name="tiny", step=step, num_steps=1000, loss=2.5,
         val_loss=2.75, step_s=0.5, tokens_per_s=2048.0, tokens_total=1024 * step, generation=2,
-        recoveries=1, recovery_s=1.5, bytes_by_kind={"activation": step << 20, "reduced": step},
+        recoveries=1, recovery_s=1.5, predicted_step_s=0.4,
+        bytes_by_kind={"activation": step << 20, "reduced": step},
     )  # fmt: skip
 
 

@@ -48,11 +48,12 @@ class ByteModel:
 def a_job(**changes: Any) -> JobView:
     view = JobView(
         job=JOB, name="tiny", kind="train", phase="training", reason="", step=3, num_steps=10,
-        loss=4.2, first_loss=5.5, val_loss=None, step_s=0.5, tokens_per_s=2048.0,
+        loss=4.2, first_loss=5.5, val_loss=None, step_s=0.5, predicted_step_s=0.4,
+        bound_step_s=0.3, tokens_per_s=2048.0,
         tokens_total=3072, elapsed_s=1.5, bytes_by_kind={"activation": 1000, "reduced": 500},
         generation=2, recoveries=1, recovery_s=0.75, killed_peers=(PeerId("12D3KooWB"),),
         placement=((PeerId("12D3KooWA"),), (PeerId("12D3KooWC"),)), layers=((0, 2), (2, 4)),
-        plan_reasons=("stage 0 on 12D3KooWA: fastest",), checkpoint_step=2,
+        plan_reasons=("stage 0 on 12D3KooWA: fastest",), plan_verdict="", checkpoint_step=2,
         losses=(5.5, 4.9, 4.2),
     )  # fmt: skip
     return replace(view, **changes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swarmnode import telemetry
-from swarmnode.telemetry import Metrics
+from swarmnode.telemetry import MAX_LINKS, Metrics
 
 JOB = {"job_id": "00112233aabbccdd", "job_name": "tiny"}
 
@@ -29,7 +29,7 @@ def observe(metrics: Metrics, step: int, **changes: object) -> None:
     facts = {
         **JOB, "step": step, "num_steps": 10, "loss": 2.5, "val_loss": None, "step_s": 0.3,
         "tokens_per_s": 100.0, "tokens_total": step * 64, "generation": 1, "recoveries": 0,
-        "recovery_s": None, "bytes_by_kind": {"activation": step * 1000},
+        "recovery_s": None, "predicted_step_s": 0.25, "bytes_by_kind": {"activation": step * 1000},
     }  # fmt: skip
     metrics.observe_job(**(facts | changes))  # type: ignore[arg-type]
 
@@ -53,6 +53,7 @@ def test_a_step_is_timed_once_however_often_it_is_told(metrics: Metrics) -> None
     observe(metrics, 2, step_s=0.5)
     assert value(metrics, "swarmnode_job_step_seconds_count", **JOB) == 2
     assert value(metrics, "swarmnode_job_step_seconds_sum", **JOB) == pytest.approx(0.8)
+    assert value(metrics, "swarmnode_job_predicted_step_seconds", **JOB) == 0.25
 
 
 def test_what_is_unknown_is_absent_not_zero(metrics: Metrics) -> None:
@@ -158,3 +159,16 @@ def test_the_terminal_gets_readable_lines(capsys: pytest.CaptureFixture[str]) ->
     assert "no peers yet" in shown
     assert "waited_s=3" in shown
     assert "not shown" not in shown
+
+
+def test_links_are_shown_by_short_names_and_vanish_with_the_peer(metrics: Metrics) -> None:
+    metrics.set_links({"12D3KooWabcdefgh": (0.02, 1e6), "12D3KooWijklmnop": (0.03, None)})
+    text = metrics.text().decode()
+    assert 'swarmnode_link_latency_seconds{to_peer="abcdefgh"} 0.02' in text
+    assert 'swarmnode_link_bytes_per_second{to_peer="abcdefgh"} 1e+06' in text
+    assert 'swarmnode_link_latency_seconds{to_peer="ijklmnop"} 0.03' in text
+    assert 'swarmnode_link_bytes_per_second{to_peer="ijklmnop"}' not in text
+    metrics.set_links({f"peer{number:08}": (0.01, 1.0) for number in range(1000)})
+    text = metrics.text().decode()
+    assert "abcdefgh" not in text
+    assert text.count("link_latency_seconds{") == MAX_LINKS

@@ -77,8 +77,14 @@ class Node:
         self.head: list[tuple[TensorMessage, bytes]] = []
         self.broken: list[tuple[PeerId, str]] = []
         self.is_broken = asyncio.Event()
+        self.transfers: list[tuple[PeerId, int, float]] = []
         self.switch = Switch(
-            self.transport, group, lambda why: self.dropped.update([why]), self._on_sent
+            self.transport,
+            group,
+            lambda why: self.dropped.update([why]),
+            self._on_sent,
+            lambda *transfer: self.transfers.append(transfer),
+            asyncio.get_running_loop().time,
         )
 
     def _on_sent(self, kind: str, num_bytes: int) -> None:

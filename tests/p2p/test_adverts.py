@@ -9,7 +9,7 @@ from advert_makers import advert, identity, record
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmnode.domain import Advert
+from swarmnode.domain import Advert, Coordinate, Reach
 from swarmnode.errors import ProtocolError
 from swarmnode.p2p.adverts import MAX_LEASE_S, BadAdvertError, decode, encode
 
@@ -57,6 +57,14 @@ def test_an_advert_survives_the_round_trip(
     assert decode(encode(before, ME.sign), NOW_S, owner=ME.peer) == before
 
 
+def test_how_a_peer_is_connected_survives_the_round_trip() -> None:
+    place = Coordinate(-0.01, 0.2, 0.0, 0.003, 0.25)
+    before = replace(GOOD, reach=Reach(place, 12.5e6, 1e8))
+    assert decode(encode(before, ME.sign), NOW_S) == before != GOOD
+    with pytest.raises(BadAdvertError, match="uplink"):
+        encode(replace(GOOD, reach=Reach(uplink_bytes_per_s=float("inf"))), ME.sign)
+
+
 def test_equal_adverts_have_equal_records() -> None:
     turned = replace(GOOD.device, flops=dict(reversed(list(GOOD.device.flops.items()))))
     assert encode(replace(GOOD, device=turned), ME.sign) == encode(GOOD, ME.sign)
@@ -97,7 +105,7 @@ def test_time_is_checked_at_both_ends() -> None:
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        ((0,), 2),
+        ((0,), 1),
         ((1,), "12D3KooWnobody"),
         ((2,), []),
         ((2,), [f"/ip4/10.0.0.1/tcp/1/p2p/{OTHER.peer}"]),
@@ -129,6 +137,18 @@ def test_time_is_checked_at_both_ends() -> None:
         ((6,), 1.0),
         ((7,), float("inf")),
         ((7,), None),
+        ((8,), []),
+        ((8,), [0.0] * 8),
+        ((8, 0), 0),
+        ((8, 0), float("nan")),
+        ((8, 1), 11.0),
+        ((8, 2), float("-inf")),
+        ((8, 3), -0.1),
+        ((8, 4), 1.5),
+        ((8, 4), float("nan")),
+        ((8, 5), -1.0),
+        ((8, 5), float("nan")),
+        ((8, 6), 1e13),
     ],
 )
 def test_a_signed_absurdity_breaks_the_schema(where: tuple[int, ...], value: Any) -> None:
@@ -148,7 +168,7 @@ def test_another_shape_breaks_the_schema(body: Any) -> None:
 
 
 def test_one_advert_has_one_record_only() -> None:
-    raw = msgpack.packb(fields()).replace(b"\x01\xd9", b"\xcc\x01\xd9", 1)
+    raw = msgpack.packb(fields()).replace(b"\x02\xd9", b"\xcc\x02\xd9", 1)
     longer = msgpack.packb([raw, ME.sign(b"swarmnode advert\0" + raw)])
     assert msgpack.unpackb(raw) == fields()
     assert reason(longer) == "schema"

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from switch_nodes import (
+    HEAD,
     JOB,
     LARGE_BYTES,
     A,
@@ -21,8 +22,9 @@ from switch_nodes import (
 from swarmnode.errors import RefusedError
 from swarmnode.messages import Frame
 from swarmnode.p2p import switch as switches
+from swarmnode.p2p.links import LARGE_BYTES as LINK_BYTES
 from swarmnode.p2p.memory import MemoryStream
-from swarmnode.p2p.switch import MIN_BYTES_PER_S, MIN_TIMEOUT_S
+from swarmnode.p2p.switch import ANNOUNCE_EVERY_S, MIN_BYTES_PER_S, MIN_TIMEOUT_S
 from swarmnode.wire import TENSOR_PROTOCOL
 
 
@@ -198,5 +200,70 @@ def test_what_waits_for_its_turn_is_not_sent_in_a_later_generation() -> None:
             await settle()
             assert [m.generation for m, _ in b.worker] == [2]
             assert b.dropped == {}
+
+    virtual(scenario())
+
+
+# ---- how fast they are -------------------------------------------------------------------------
+
+BYTES_PER_S = 10e6
+
+
+@pytest.fixture
+def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent takes its time to arrive."""
+    send = MemoryStream.send
+
+    async def slow_send(stream: MemoryStream, *parts: bytes) -> None:
+        await asyncio.sleep(sum(len(part) for part in parts) / BYTES_PER_S)
+        await send(stream, *parts)
+
+    monkeypatch.setattr(MemoryStream, "send", slow_send)
+
+
+@pytest.mark.parametrize("gap_s", [0.0, 3.0])
+def test_large_frames_are_timed_where_they_arrive(slow_link: None, gap_s: float) -> None:
+    async def scenario() -> None:
+        async with swarm() as s:
+            a, b = s.node(A, plan()), s.node(B, plan())
+            for number in range(4):
+                await a.switch.send(frame(0, 1, mb=number), bytes(LARGE_BYTES))
+                await asyncio.sleep(gap_s)
+            await asyncio.sleep(10.0)
+            assert [m.microbatch for m, _ in b.worker if isinstance(m, Frame)] == [0, 1, 2, 3]
+            assert {peer for peer, _, _ in b.transfers} == {A}
+            speeds = [num_bytes / seconds for _, num_bytes, seconds in b.transfers]
+            assert speeds == [pytest.approx(BYTES_PER_S, rel=0.01)] * 4
+            assert (a.transfers, b.dropped) == ([], {})
+
+    virtual(scenario())
+
+
+def test_small_frames_are_not_timed_and_large_ones_only_now_and_then(slow_link: None) -> None:
+    async def scenario() -> None:
+        async with swarm() as s:
+            a, b = s.node(A, plan()), s.node(B, plan())
+            for number in range(20):
+                await a.switch.send(frame(0, 1, mb=number), bytes(LINK_BYTES - 1))
+            await asyncio.sleep(10.0)
+            assert b.transfers == []
+            for number in range(40):  # about a second in all
+                await a.switch.send(frame(0, 1, mb=number), bytes(LINK_BYTES))
+            await asyncio.sleep(10.0)
+            assert 1 <= len(b.transfers) <= 1 + 40 * LINK_BYTES / BYTES_PER_S / ANNOUNCE_EVERY_S
+            assert len(b.worker) == 60
+
+    virtual(scenario())
+
+
+def test_partners_are_the_other_peers_of_every_plan() -> None:
+    async def scenario() -> None:
+        async with swarm() as s:
+            a = s.node(A)
+            assert a.switch.partners() == frozenset()
+            a.join(plan())
+            assert a.switch.partners() == {B, HEAD}
+            a.switch.leave(JOB, worker=True)
+            assert a.switch.partners() == frozenset()
 
     virtual(scenario())

@@ -67,7 +67,8 @@ def plain_losses(manifest: Manifest, blobs: Path) -> list[float]:
 def test_the_swarm_is_plain_sgd(swarm: LocalSwarm, text: Path) -> None:
     first = swarm.node(0)
     exact = {"activation": "none", "activation_gradient": "none", "gradient": "none"}
-    job = job_file(text, "plain", codecs=exact, run={"steps": 50})
+    spread = {"min_peers": 4}  # a model as small as this would be faster on fewer machines
+    job = job_file(text, "plain", codecs=exact, placement=spread, run={"steps": 50})
     name = first.client.submit(job, text)
     view = wait_for(first.client, name, serving)
     placed = {peer for row in view.placement for peer in row}

@@ -14,7 +14,16 @@ import pytest
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan
 from swarmnode.errors import PeerLostError
 from swarmnode.manifest import DataContent, Manifest, ModelContent, PlacementConfig
-from swarmnode.messages import Assign, Begin, Failed, Message, Ping, Release, StateSource
+from swarmnode.messages import (
+    Assign,
+    Begin,
+    Failed,
+    LinkReport,
+    Message,
+    Ping,
+    Release,
+    StateSource,
+)
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.identity import Identity
@@ -70,6 +79,7 @@ class Node:
         self.logged: list[tuple[str, dict[str, object]]] = []
         self.was_logged = asyncio.Event()
         self.folder = folder
+        self.links: tuple[LinkReport, ...] = ()
         transport = network.transport(ME.peer)
         store = BlobStore(folder / "blobs")
         tools = HostTools(
@@ -82,6 +92,7 @@ class Node:
             num_threads=1,
             on_sent=lambda _kind, _bytes: None,
             on_compute=lambda _seconds: None,
+            links=lambda: self.links,
         )
         self.service = WorkerService(transport, tools, self._count, self._log)
 

@@ -1,15 +1,12 @@
-"""What a placement needs and costs: memory per stage and a predicted time per step.
-
-The prediction is a first, simple one: the slowest machine's compute, with the pipeline's ramp.
-Links are not in it yet.
-"""
+"""What a job asks of machines: a workload in numbers, and the memory and work of each stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from swarmnode.coordinator.topology import Matrix
 from swarmnode.domain import Advert, ModelFacts, PeerId
-from swarmnode.manifest import JobBase
+from swarmnode.manifest import JobBase, PlacedJob
 
 BYTES_PER_WEIGHT = 4
 BYTES_PER_TRAINED_WEIGHT = 24
@@ -20,8 +17,15 @@ SLOT_BYTES_PER_WEIGHT = 4
 ACTIVATION_FACTOR = 40
 """Kept bytes per token, layer and hidden unit while a microbatch waits for its backward pass:
 attention and MLP intermediates in float32, measured loosely from above."""
+LOGIT_FACTOR = 12
+"""Bytes per token and word of the vocabulary at the last stage: logits, their softmax, its
+gradient, in float32, of one microbatch at a time."""
+TOUCHED_BYTES_PER_WEIGHT = 24
+"""Memory traffic of one microbatch: the weight read twice, its gradient written, then added."""
 COMPUTE_EFFICIENCY = 0.4
 """Share of the measured matrix FLOP/s that a small transformer reaches."""
+WIRE_SHARE = {"none": 1.0, "bf16": 0.5, "int8": 0.25 + 2 / 128 / 4}
+"""Coded bytes over float32 bytes; int8 has a scale of 2 bytes for each 128 values."""
 
 
 @dataclass(frozen=True)
@@ -35,44 +39,127 @@ class StageNeed:
     """For every slot, the first included: gradient sum and kept activations."""
     flops: float
     """Forward and backward of one microbatch."""
+    touched_bytes: float = 0.0
+    """Memory traffic of one microbatch, forward and backward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """One training step of one job, in numbers. All layers are alike."""
+
+    num_layers: int
+    layer_flops: float
+    """Forward and backward of one microbatch through one layer; so are the next two."""
+    first_flops: float
+    """What the first stage does besides its layers."""
+    last_flops: float
+    """What the last stage does besides its layers: the head."""
+    layer_weights: int
+    first_weights: int
+    last_weights: int
+    tied: bool
+    """Whether the head is the embedding: then first and last stage both hold `first_weights`."""
+    num_microbatches: int
+    """Of all pipelines together."""
+    activation_bytes: float
+    """One microbatch at a boundary between stages, uncoded; its gradient is as large."""
+    kept_bytes_per_layer: int
+    """Of one microbatch in flight."""
+    last_kept_bytes: int = 0
+    """Of the head's intermediates, in the last stage."""
+    gradient_bytes_per_weight: float = 4.0
+    """Uncoded."""
+    activation_share: float | Matrix = 1.0
+    """Bytes on the wire over uncoded bytes; one number, or one for each link, (N, N)."""
+    activation_gradient_share: float | Matrix = 1.0
+    gradient_share: float | Matrix = 1.0
+    backward_share: float = 2.0 / 3.0
+    """Of a microbatch's work in a stage."""
+    reduce_every: int = 1
+    """Steps between reductions, H."""
+    staleness: int = 0
+    """1: a reduction runs beside the next step and costs only what exceeds it."""
+    state_bytes_per_weight: int = BYTES_PER_TRAINED_WEIGHT
+    slot_bytes_per_weight: int = SLOT_BYTES_PER_WEIGHT
+    touched_bytes_per_weight: float = TOUCHED_BYTES_PER_WEIGHT
+
+    def weights(self, stage: int, num_stages: int, num_layers: int) -> int:
+        """Weights of stage `stage` of `num_stages` with so many layers."""
+        is_first, is_last = stage == 0, stage == num_stages - 1
+        copy = self.first_weights if self.tied and not is_first else 0
+        ends = is_first * self.first_weights + is_last * (self.last_weights + copy)
+        return num_layers * self.layer_weights + ends
+
+    def needs(self, layers: Sequence[tuple[int, int]], num_slots: int) -> tuple[StageNeed, ...]:
+        """What each stage needs when the job runs as `num_slots` pipelines."""
+        return tuple(
+            self._need(stage, len(layers), stop - start, num_slots)
+            for stage, (start, stop) in enumerate(layers)
+        )
+
+    def _need(self, stage: int, num_stages: int, num_layers: int, num_slots: int) -> StageNeed:
+        weights = self.weights(stage, num_stages, num_layers)
+        is_first, is_last = stage == 0, stage == num_stages - 1
+        in_flight = min(num_stages - stage, max(1, self.num_microbatches // num_slots))
+        layer_kept = num_layers * self.kept_bytes_per_layer
+        last_kept = is_last * self.last_kept_bytes
+        return StageNeed(
+            weights=weights,
+            state_bytes=weights * self.state_bytes_per_weight,
+            slot_bytes=weights * self.slot_bytes_per_weight + layer_kept * in_flight + last_kept,
+            flops=num_layers * self.layer_flops
+            + is_first * self.first_flops
+            + is_last * self.last_flops,
+            touched_bytes=weights * self.touched_bytes_per_weight + 2 * (layer_kept + last_kept),
+        )
+
+
+def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
+    """The workload of a job; one that only serves needs weights alone, and reduces nothing."""
+    tokens = job.batch.rows * job.batch.sequence_length
+    trains = job.num_steps > 0
+    head = facts.last_weights + (facts.first_weights if facts.tied else 0)
+    attention = 12.0 * job.batch.sequence_length * facts.hidden_size
+    return Workload(
+        num_layers=facts.num_layers,
+        layer_flops=(6.0 * facts.layer_weights + attention) * tokens,
+        first_flops=0.0,
+        last_flops=6.0 * head * tokens,
+        layer_weights=facts.layer_weights,
+        first_weights=facts.first_weights,
+        last_weights=facts.last_weights,
+        tied=facts.tied,
+        num_microbatches=job.batch.num_microbatches,
+        activation_bytes=4.0 * tokens * facts.hidden_size,
+        kept_bytes_per_layer=tokens * facts.hidden_size * ACTIVATION_FACTOR if trains else 0,
+        last_kept_bytes=tokens * facts.vocab_size * LOGIT_FACTOR if trains else 0,
+        activation_share=WIRE_SHARE[job.codecs.activation],
+        activation_gradient_share=WIRE_SHARE[job.codecs.activation_gradient],
+        gradient_share=WIRE_SHARE[job.codecs.gradient],
+        state_bytes_per_weight=BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT,
+        slot_bytes_per_weight=SLOT_BYTES_PER_WEIGHT if trains else 0,
+    )
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...]:
     """Cut `num_layers` into `num_stages` near-equal half-open ranges, longer ones first."""
     short, extra = divmod(num_layers, num_stages)
+    return ranges_of([short + (stage < extra) for stage in range(num_stages)])
+
+
+def ranges_of(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of layers, one after the other, of these sizes."""
     cuts = [0]
-    for stage in range(num_stages):
-        cuts.append(cuts[-1] + short + (stage < extra))
+    for count in counts:
+        cuts.append(cuts[-1] + int(count))
     return tuple(pairwise(cuts))
 
 
 def stage_needs(
-    facts: ModelFacts, job: JobBase, layers: Sequence[tuple[int, int]]
+    facts: ModelFacts, job: PlacedJob, layers: Sequence[tuple[int, int]]
 ) -> tuple[StageNeed, ...]:
     """What each stage needs: training state, or weights alone when the job only serves."""
-    tokens = job.batch.rows * job.batch.sequence_length
-    trains = job.num_steps > 0
-    needs = []
-    for stage, (start, stop) in enumerate(layers):
-        weights = (stop - start) * facts.layer_weights
-        multiplied = weights
-        if stage == 0:
-            weights += facts.first_weights
-        if stage == len(layers) - 1:
-            head = facts.last_weights + (facts.first_weights if facts.tied and stage else 0)
-            weights += head
-            multiplied += head
-        kept = tokens * facts.hidden_size * ACTIVATION_FACTOR * (stop - start)
-        in_flight = min(len(layers) - stage, job.batch.num_microbatches)
-        needs.append(
-            StageNeed(
-                weights=weights,
-                state_bytes=weights * (BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT),
-                slot_bytes=(weights * SLOT_BYTES_PER_WEIGHT + kept * in_flight) if trains else 0,
-                flops=6.0 * multiplied * tokens,
-            )
-        )
-    return tuple(needs)
+    return workload_of(facts, job).needs(layers, job.placement.slots)
 
 
 def machine_bytes(needs: Sequence[StageNeed], stages: Sequence[int]) -> int:
@@ -80,21 +167,25 @@ def machine_bytes(needs: Sequence[StageNeed], stages: Sequence[int]) -> int:
     return sum(needs[s].slot_bytes for s in stages) + sum(needs[s].state_bytes for s in set(stages))
 
 
+def effective_flops(advert: Advert, job: JobBase) -> float:
+    """FLOP/s that a machine reaches on `job`: of its dtype where measured, else of its best."""
+    measured = advert.device.flops
+    speed = measured.get(job.run.compute, 0.0) or max(measured.values(), default=0.0)
+    return COMPUTE_EFFICIENCY * speed if speed > 0.0 else 1.0
+
+
 def step_seconds(
     needs: Sequence[StageNeed],
     hosted: Mapping[PeerId, Sequence[int]],
     peers: Mapping[PeerId, Advert],
-    job: JobBase,
+    job: PlacedJob,
 ) -> float:
-    """Seconds of a step: the busiest machine's compute, plus the ramp of the pipeline."""
+    """Seconds of a step without links: the busiest machine's compute, and the pipeline's ramp."""
     per_slot = job.batch.num_microbatches // job.placement.slots
-    dtype = job.run.compute
     busiest = 0.0
     ramp = 0.0
     for peer, stages in hosted.items():
-        speed = COMPUTE_EFFICIENCY * peers[peer].device.flops.get(dtype, 0.0)
-        if speed <= 0.0:
-            speed = COMPUTE_EFFICIENCY * max(peers[peer].device.flops.values(), default=1.0)
+        speed = effective_flops(peers[peer], job)
         one = [needs[s].flops / speed for s in stages]
         busiest = max(busiest, per_slot * sum(one))
         ramp = max([ramp, *one])

@@ -1,5 +1,1 @@
-"""Placement: which machine hosts which slot."""
-
-from swarmnode.coordinator.solver.fill import Decision, newcomers_help, solve
-
-__all__ = ["Decision", "newcomers_help", "solve"]
+"""Placement: which machine hosts which slot. `fill` answers at once; `search` is thorough."""

@@ -1,52 +1,50 @@
 """Fill the grid of stages and slots with machines, by measured speed and memory.
 
-A simple rule behind the interface that a real solver will have: keep every slot whose machine is
-alive, then give each open slot to an idle machine, else to one that already holds the stage, else
-to one that makes a second holder of it; among those, to the one that would be done soonest. It
-states no bound, and says so.
+The first answer, at once and without libraries; `search` looks for the best, aside. Keep every
+slot whose machine is alive, then give each open slot to an idle machine, else to one that already
+holds the stage, else to one that makes a second holder of it; among those, to the one that would
+be done soonest. It states no bound, and says so.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from swarmnode.coordinator.cost.needs import (
     machine_bytes,
+    ranges_of,
     split_layers,
     stage_needs,
     step_seconds,
 )
+from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.domain import Advert, ModelFacts, PeerId, Plan, SlotId
-from swarmnode.errors import CapacityError
-from swarmnode.manifest import JobBase
-
-WORTH_MOVING = 0.9
-"""A running job moves to a placement whose predicted step takes at most this share of today's."""
+from swarmnode.errors import CapacityError, ManifestError
+from swarmnode.manifest import PlacedJob
 
 
-@dataclass(frozen=True)
-class Decision:
-    """A placement with what is known about it."""
+def stage_ranges(facts: ModelFacts, job: PlacedJob) -> tuple[tuple[int, int], ...]:
+    """The layers of each stage as the job decided them, or near-equal ones.
 
-    layers: tuple[tuple[int, int], ...]
-    slots: tuple[tuple[PeerId, ...], ...]
-    cost_s: float
-    """Predicted seconds per step."""
-    bound_s: float | None
-    """No placement can be faster than this; None when no bound is known."""
-    reasons: tuple[str, ...]
-    moved: tuple[SlotId, ...]
-    """Slots whose machine must fetch the stage's state."""
+    Raises: ManifestError if the decided ones are not the model's.
+    """
+    counts = job.placement.layers
+    if counts is None:
+        return split_layers(facts.num_layers, job.placement.stages)
+    if len(counts) != job.placement.stages or sum(counts) != facts.num_layers:
+        raise ManifestError(
+            f"placement.layers = {list(counts)} does not cut {facts.num_layers} layers into "
+            f"{job.placement.stages} stages"
+        )
+    return ranges_of(counts)
 
 
 def solve(
     peers: Sequence[Advert],
     facts: ModelFacts,
-    job: JobBase,
+    job: PlacedJob,
     *,
     previous: Plan | None = None,
-    keep: bool = True,
 ) -> Decision:
-    """Place every slot of `job` on `peers`; with `keep`, slots of live machines stay.
+    """Place every slot of `job` on `peers`; slots of `previous` whose machine is alive stay.
 
     Raises: CapacityError with one line that says what is missing.
     """
@@ -62,7 +60,7 @@ def solve(
             f"{len(peers)} of {fewest} peers are here for {stages} stages x {slots} slots; "
             "start more with `swarmnode up --join`, or lower placement.min_peers"
         )
-    layers = split_layers(facts.num_layers, stages)
+    layers = stage_ranges(facts, job)
     needs = stage_needs(facts, job, layers)
     by_id = {advert.peer: advert for advert in peers}
     hosted: dict[PeerId, list[int]] = {peer: [] for peer in sorted(by_id)}
@@ -73,14 +71,15 @@ def solve(
     def fits(peer: PeerId, stage: int) -> bool:
         advert = by_id[peer]
         room = min(advert.limits.memory_bytes, advert.device.memory_total_bytes)
-        return machine_bytes(needs, [*hosted[peer], stage]) <= room
+        is_allowed = job.placement.pins.get(peer, stage) == stage
+        return is_allowed and machine_bytes(needs, [*hosted[peer], stage]) <= room
 
     if previous is not None and previous.layers == layers and previous.num_slots == slots:
         for stage, row in enumerate(previous.slots):
             for slot, peer in enumerate(row):
                 if peer in by_id:
                     had[peer].add(stage)
-                    if keep and fits(peer, stage):
+                    if fits(peer, stage):
                         grid[stage][slot] = peer
                         hosted[peer].append(stage)
 
@@ -123,18 +122,3 @@ def solve(
         reasons=tuple(reasons),
         moved=tuple(moved),
     )
-
-
-def newcomers_help(
-    peers: Sequence[Advert], facts: ModelFacts, job: JobBase, plan: Plan | None
-) -> bool:
-    """Whether machines without work would make the step clearly faster than under `plan`."""
-    if plan is None or not {advert.peer for advert in peers} - set(plan.workers()):
-        return False
-    if all(len(plan.hosted_by(peer)) == 1 for peer in plan.workers()):
-        return False
-    try:
-        decision = solve(peers, facts, job, previous=plan, keep=False)
-    except CapacityError:  # adverts of machines at work are missing for a moment
-        return False
-    return decision.cost_s < WORTH_MOVING * plan.predicted_step_s

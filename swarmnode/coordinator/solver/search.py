@@ -10,7 +10,6 @@ from swarmnode.coordinator.objective import (
     Found,
     Objective,
     Previous,
-    charged_s,
 )
 
 TOLERANCE = 1e-9
@@ -80,7 +79,7 @@ def _better(
     """What was found, unless the first answer is better: then the search has a fault."""
 
     def cost(arrangement: Arrangement) -> float:
-        return objective.price(arrangement).total_s + charged_s(arrangement, previous)
+        return objective.price(arrangement).total_s + objective.charged_s(arrangement, previous)
 
     if cost(found.arrangement) <= cost(start) * (1.0 + TOLERANCE):
         return found

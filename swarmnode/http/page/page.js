@@ -243,7 +243,8 @@ function jobCard(job, self) {
     stat("Loss (nats)", fixed(job.loss, 3), drop),
     stat("Held-out loss", fixed(job.val_loss, 3), ""),
     stat("Tokens per second", count(job.tokens_per_s), `${count(job.tokens_total)} in all`),
-    stat("Step time", duration(job.step_s), ""),
+    stat("Step time", duration(job.step_s),
+      known(job.predicted_step_s) ? `predicted ${duration(job.predicted_step_s)}` : ""),
   ] : []),
   stat("Recoveries", String(job.recoveries), recovery),
   stat("Generation", String(job.generation), "of the placement"));
@@ -253,8 +254,10 @@ function jobCard(job, self) {
     ? make("div", "job", make("div", "", make("h3", "", "Loss by step"), lossCurve(job)),
       make("div", "side", placed, sent))
     : make("div", "job even", placed, sent);
-  const notes = job.plan_reasons.length
-    ? folded(`why-${job.job}`, "Why it is placed like this", job.plan_reasons) : null;
+  const reasons = job.plan_verdict
+    ? [...job.plan_reasons, `Another placement was found: ${job.plan_verdict}`] : job.plan_reasons;
+  const notes = reasons.length
+    ? folded(`why-${job.job}`, "Why it is placed like this", reasons) : null;
   const lost = job.killed_peers.length
     ? folded(`lost-${job.job}`, `Lost workers: ${job.killed_peers.length}`, job.killed_peers) : null;
   return make("article", "card", head,

@@ -1,0 +1,1 @@
+"""Grids whose nodes have one slot each: the objective of DT-FM."""

@@ -1,0 +1,1 @@
+"""Tokens per second through ranges of layers."""

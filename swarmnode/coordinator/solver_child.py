@@ -1,0 +1,40 @@
+"""The solver child: answers one request on its pipe and ends. Only here does a clock cut it."""
+
+import os
+import time
+
+from pydantic import ValidationError
+
+from swarmnode.coordinator.objective import Effort
+from swarmnode.coordinator.solver.live import answer, warm_up
+from swarmnode.coordinator.solver.request import Answer, Refused
+from swarmnode.coordinator.solving import ANSWERS, REQUESTS
+from swarmnode.errors import ChildError, SwarmError
+from swarmnode.pipes import ChildPipe
+
+SEARCH_S = 4.0
+"""Computing for one answer; the rest of the machine has work to do."""
+NICENESS = 10
+
+
+def main() -> None:
+    """Answer one request."""
+    os.nice(NICENESS)
+    pipe = ChildPipe.inherit()
+    try:
+        request = REQUESTS.validate_json(bytes(pipe.receive()))
+    except ValidationError as error:
+        raise ChildError(f"solver: a request that is none: {error}") from None
+    warm_up()
+    until_s = time.process_time() + SEARCH_S
+    reply: Answer
+    try:
+        reply = answer(request, Effort(should_stop=lambda: time.process_time() > until_s))
+    except SwarmError as error:
+        reply = Refused(str(error))
+    pipe.send(ANSWERS.dump_json(reply))
+    pipe.close()
+
+
+if __name__ == "__main__":
+    main()
