@@ -31,8 +31,10 @@ def running(job: PlacedJob, names: str) -> Plan:
     return decision.plan(Generation(1), ME, {})
 
 
-def improve(swarm: Swarm, job: PlacedJob, plan: Plan, tmp_path: Path) -> Improvement:
-    request = ImproveRequest(swarm, FACTS, job, plan, serves=False, calm_s=3600.0)
+def improve(
+    swarm: Swarm, job: PlacedJob, plan: Plan, tmp_path: Path, *, serves: bool = False
+) -> Improvement:
+    request = ImproveRequest(swarm, FACTS, job, plan, serves, calm_s=3600.0)
     return asyncio.run(Solver(tmp_path / "solver.log").improve(request))
 
 
@@ -79,6 +81,27 @@ def test_pins_hold_in_the_search_too(tmp_path: Path) -> None:
     )
     assert "a" not in found.decision.slots[0]
     assert "b" not in found.decision.slots[1]
+
+
+def test_tokens_take_the_short_way_and_steps_the_wide_one(tmp_path: Path) -> None:
+    """From a: b is near behind a thin line, c far behind a thick one."""
+    near, far = (0.001, 2e6), (0.2, 1e9)
+    links = tuple(
+        MeasuredLink(PeerId(x), PeerId(y), *(near if {x, y} == {"a", "b"} else far))
+        for x in "abc"
+        for y in "abc"
+        if x != y
+    )
+    peers = tuple(advert(name, flops=1e12, memory=8 << 30) for name in "abc")
+    swarm = Swarm(peers, links)
+    job = placed(slots=1, min_peers=2)
+    before = running(job, "ac")
+    token = improve(swarm, job, before, tmp_path, serves=True).decision
+    assert {row[0] for row in token.slots} == {"a", "b"}
+    assert 0.001 < token.cost_s < 0.1
+    heavy = BATCH.model_copy(update={"rows": 64, "sequence_length": 512})
+    step = improve(swarm, job.model_copy(update={"batch": heavy}), before, tmp_path).decision
+    assert PeerId("c") in {row[0] for row in step.slots}
 
 
 @pytest.mark.parametrize("min_peers", [1, 3])

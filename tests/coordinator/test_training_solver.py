@@ -206,7 +206,7 @@ def test_annealing_finds_the_optimum_of_a_tiny_instance(
     start = objective.first(None)
     exact = objective.search(start, None, Effort(moves=0))
     assert exact.is_optimal
-    monkeypatch.setattr("swarmnode.coordinator.solver.training.MOST_TO_TRY_ALL", 0)
+    monkeypatch.setattr("swarmnode.coordinator.solver.training.objective.MOST_TO_TRY_ALL", 0)
     found = objective.search(start, None, Effort(moves=20_000, seed=seed))
     assert not found.is_optimal
     best = objective.price(exact.arrangement).total_s

@@ -1,7 +1,7 @@
 """What a job asks of machines: a workload in numbers, and the memory and work of each stage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from swarmnode.coordinator.topology import Matrix
@@ -138,6 +138,28 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
         gradient_share=WIRE_SHARE[job.codecs.gradient],
         state_bytes_per_weight=BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT,
         slot_bytes_per_weight=SLOT_BYTES_PER_WEIGHT if trains else 0,
+    )
+
+
+def token_workload(facts: ModelFacts, job: PlacedJob) -> Workload:
+    """One token through every pipeline, as a step: what serving asks of the same machines.
+
+    Weights are read once, hidden states go uncoded, nothing comes back and nothing is applied.
+    """
+    head = facts.last_weights + (facts.first_weights if facts.tied else 0)
+    return replace(
+        workload_of(facts, job),
+        num_microbatches=job.placement.slots,
+        layer_flops=2.0 * facts.layer_weights,
+        last_flops=2.0 * head,
+        activation_bytes=4.0 * facts.hidden_size,
+        activation_share=1.0,
+        activation_gradient_share=0.0,
+        gradient_bytes_per_weight=0.0,
+        kept_bytes_per_layer=0,
+        last_kept_bytes=0,
+        backward_share=0.0,
+        touched_bytes_per_weight=4.0,
     )
 
 

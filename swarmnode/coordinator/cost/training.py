@@ -165,11 +165,12 @@ def _work(workload: Workload) -> tuple[Floats, Floats, float, Floats]:
         row(workload.last_flops, workload.last_kept_bytes, workload.last_weights),
     ]
     hash_s = HASHED_BYTES_PER_WEIGHT / HASH_BYTES_PER_S
+    applies = workload.gradient_bytes_per_weight > 0.0
     per_weight = [
         workload.state_bytes_per_weight,
         workload.slot_bytes_per_weight,
-        hash_s,
-        APPLIED_BYTES_PER_WEIGHT,
+        hash_s if applies else 0.0,
+        APPLIED_BYTES_PER_WEIGHT if applies else 0.0,
     ]
     return (
         np.array(per_layer),

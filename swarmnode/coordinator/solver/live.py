@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from swarmnode.coordinator.cost.needs import split_layers, workload_of
+from swarmnode.coordinator.cost.needs import split_layers, token_workload, workload_of
 from swarmnode.coordinator.cost.training import Device, devices_of
 from swarmnode.coordinator.objective import NOBODY, Arrangement, Effort, Previous
 from swarmnode.coordinator.solver.decision import Decision
@@ -57,7 +57,8 @@ def improve(request: ImproveRequest, effort: Effort) -> Improvement:
     plan, job = request.plan, request.job
     topology = survey(request.swarm)
     index = {PeerId(name): i for i, name in enumerate(topology.names)}
-    workload = workload_of(request.facts, job)
+    price = token_workload if request.serves else workload_of
+    workload = price(request.facts, job)
     objective = TrainingObjective(
         topology,
         devices_of(request.swarm.peers, job, speeds(request.swarm, job)),

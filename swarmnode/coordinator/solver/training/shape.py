@@ -48,6 +48,8 @@ def choose_shape(
     found: list[Shape] = []
     problem: CapacityError | None = None
     for num_stages, num_slots in shapes:
+        if found and effort.should_stop():
+            break
         if pins and max(pins.values()) >= num_stages:
             continue
         try:
