@@ -16,6 +16,8 @@ MOST_ORDERED = 12
 """Random grids of more stages are paired, but not ordered."""
 MOST_BRUTE = 8
 CHURN_ROUNDS, CHURN_NODES = 5, 4
+MOST_MOVED = 5
+"""Survivors that a repair may send to another stage."""
 MEMORY_GB = (24, 16, 12, 8)
 
 
@@ -239,6 +241,7 @@ def churn_trace(seed: int, moves: int) -> Iterator[dict[str, Any]]:
         return DtfmObjective(
             world.take(here), 8, 8,
             gradient_bytes=GRADIENT_BYTES, activation_bytes=ACTIVATION_BYTES,
+            most_moved=MOST_MOVED,
         )  # fmt: skip
 
     effort = Effort(moves=moves, seed=seed)

@@ -172,7 +172,7 @@ def run_small(runs: int, is_quick: bool, report: Report) -> None:
 
 def run_churn(runs: int, is_quick: bool, report: Report) -> None:
     """Traces of nodes that come and go."""
-    moves = 200_000 if is_quick else 10_000_000
+    moves = 200_000 if is_quick else 20_000_000
     ask(do="churn", seed=0, moves=1000)
     rounds = [one for seed in range(runs) for one in ask(do="churn", seed=seed, moves=moves)]
     over = [one["over_cold"] for one in rounds]

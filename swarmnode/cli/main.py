@@ -233,7 +233,10 @@ def plan(
     gone: Annotated[str, typer.Option(metavar="3,7", help="Indices of dead nodes.")] = "",
     horizon: Annotated[
         float, typer.Option(metavar="STEPS", help="Steps to the next change: what a move may cost.")
-    ] = 10.0,
+    ] = 100.0,
+    most_moved: Annotated[
+        int | None, typer.Option(min=0, help="dtfm: most survivors that a repair may move.")
+    ] = None,
     pin: Annotated[
         list[str] | None, typer.Option(metavar="NODE=STAGE", help="This stage or none; repeatable.")
     ] = None,
@@ -288,6 +291,7 @@ def plan(
         previous=previous,
         gone=gone,
         horizon=horizon,
+        most_moved=most_moved,
         pins=tuple(pin or ()),
         max_hops=max_hops,
         max_latency_s=max_latency,

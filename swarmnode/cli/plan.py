@@ -52,6 +52,7 @@ class PlanOptions:
     previous: Path | None = None
     gone: str = ""
     horizon: float = DEFAULT_HORIZON_STEPS
+    most_moved: int | None = None
     pins: tuple[str, ...] = ()
     max_hops: int | None = None
     max_latency_s: float | None = None
@@ -120,6 +121,14 @@ def _object(path: Path, what: str) -> Mapping[str, Any]:
     return raw
 
 
+def _nodes(path: Path | None) -> Any:
+    """The JSON of a nodes file; None only without one."""
+    raw = read_json(path, "nodes file") if path is not None else None
+    if path is not None and raw is None:
+        raise DataError(f"nodes file {path} is null; give a list of objects")
+    return raw
+
+
 def _wanted(options: PlanOptions) -> Wanted:
     network = _object(options.network, "network file")
     job = load_job_file(options.job) if options.job is not None else None
@@ -136,7 +145,7 @@ def _wanted(options: PlanOptions) -> Wanted:
     return Wanted(
         objective=options.objective,
         network=network,
-        nodes=read_json(options.nodes, "nodes file") if options.nodes is not None else None,
+        nodes=_nodes(options.nodes),
         model=_facts(config) if config is not None else None,
         kv_share=kv_share(config) if config is not None else 1.0,
         job=job,
@@ -147,6 +156,7 @@ def _wanted(options: PlanOptions) -> Wanted:
         earlier=earlier,
         gone=_gone(options.gone) | read_gone(network) | (earlier.gone if earlier else frozenset()),
         horizon_steps=_positive(options.horizon, "--horizon"),
+        most_moved=options.most_moved,
         gradient_bytes=_positive(options.gradient_bytes, "--gradient-bytes"),
         activation_bytes=_positive(options.activation_bytes, "--activation-bytes"),
         max_hops=options.max_hops,

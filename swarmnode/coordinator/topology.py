@@ -14,6 +14,8 @@ from swarmnode.errors import DataError
 Matrix = NDArray[np.float64]
 MAX_NODES = 4096
 BYTES_PER_GBIT = 1e9 / 8
+LEAST_BYTES_PER_S, MAX_LATENCY_S = 1.0, 1e9
+"""A link that is slower is none: sums of such seconds would say nothing."""
 LOCAL_BYTES_PER_S = 1e13
 """What a machine hands to itself is never on a wire: as good as free, and finite."""
 
@@ -63,6 +65,9 @@ def make_topology(
 ) -> Topology:
     """Check and complete the matrices: unknown (nan), negative or infinite means no link.
 
+    So does less than LEAST_BYTES_PER_S or more than MAX_LATENCY_S; no link is faster than
+    LOCAL_BYTES_PER_S.
+
     Raises: DataError for repeated names, wrong shapes, more than MAX_NODES nodes, or an odd
     number of regions.
     """
@@ -81,8 +86,10 @@ def make_topology(
         if matrix.shape != (count, count):
             raise DataError(f"the {what} table is {matrix.shape}, but there are {count} nodes")
     off = ~np.eye(count, dtype=bool)
-    broken = off & ~((latency >= 0) & np.isfinite(latency) & (speed > 0) & np.isfinite(speed))
+    is_near = (latency >= 0) & (latency <= MAX_LATENCY_S)
+    broken = off & ~(is_near & (speed >= LEAST_BYTES_PER_S) & np.isfinite(speed))
     latency[broken], speed[broken] = 0.0, 0.0
+    speed = np.minimum(speed, LOCAL_BYTES_PER_S)
     np.fill_diagonal(latency, 0.0)
     np.fill_diagonal(speed, LOCAL_BYTES_PER_S)
     return Topology(tuple(names), latency, speed, tuple(regions))
@@ -112,7 +119,7 @@ def parse_topology(raw: Mapping[str, Any]) -> Topology:
     tables = {}
     for key in ("latency_ms", "bandwidth_gbps"):
         try:
-            rows = [[np.nan if x is None else float(x) for x in row] for row in raw[key]]
+            rows = [[np.nan if x is None else float(x) for x in _row(row)] for row in raw[key]]
             tables[key] = np.array(rows, dtype=np.float64)
         except KeyError:
             raise DataError(f"the network has no {key}; give one row for each node") from None
@@ -123,9 +130,21 @@ def parse_topology(raw: Mapping[str, Any]) -> Topology:
     count = len(tables["latency_ms"])
     names = raw.get("names") or [f"node{i}" for i in range(count)]
     regions = raw.get("regions") or ()
+    with np.errstate(over="ignore"):
+        bytes_per_s = tables["bandwidth_gbps"] * BYTES_PER_GBIT
     return make_topology(
         [str(name) for name in names],
         tables["latency_ms"] / 1e3,
-        tables["bandwidth_gbps"] * BYTES_PER_GBIT,
+        bytes_per_s,
         tuple(str(region) for region in regions) if len(regions) == count else (),
     )
+
+
+def _row(row: object) -> list[float | None]:
+    """A row of a table. Raises: TypeError for a text, a truth value, or anything but a list."""
+    if not isinstance(row, list):
+        raise TypeError(f"{row!r:.40} is no list")
+    odd = set(map(type, row)) - {int, float, type(None)}
+    if odd:
+        raise TypeError(f"a row holds a {min(kind.__name__ for kind in odd)}")
+    return row

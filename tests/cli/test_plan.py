@@ -130,6 +130,25 @@ def test_pins_are_obeyed(plan: Plan) -> None:
     assert (status, err.count("\n")) == (2, 1)
 
 
+def test_pins_count_nodes_as_the_network_file_does(plan: Plan) -> None:
+    args = ("--gone", "2", "--moves", "2000")
+    for node in (5, 9):
+        pins = ("--stages", "2", "--slots", "4", "--pin", f"{node}=0", "--pin", "1=1")
+        rows = plan.json(network(10), "dtfm", *args, *pins)["assignment"]
+        assert (node in rows[0], 1 in rows[1]) == (True, True)
+    answer = plan.json(network(10), "serving", *args, "--pin", "5=0:8")
+    held = {
+        n: tuple(answer["layers"][r]) for r, row in enumerate(answer["assignment"]) for n in row
+    }
+    assert held[5] == (0, 8)
+
+
+def test_a_limit_beyond_all_nodes_is_none(plan: Plan) -> None:
+    args = ("--moves", "500")
+    free = plan.json(network(), "serving", *args)
+    assert plan.json(network(), "serving", *args, "--max-hops", str(10**30))["cost"] == free["cost"]
+
+
 def test_a_repair_moves_few_and_never_uses_the_dead(plan: Plan) -> None:
     raw = network(14)
     args = ("--stages", "3", "--slots", "4", "--moves", "20000")
@@ -243,11 +262,27 @@ def test_a_huge_file_is_not_read(plan: Plan) -> None:
         (("--seconds", "-1"), "above 0"),
         (("--gradient-bytes", "inf"), "above 0"),
         (("--draw", "/nowhere/x.svg"), "--draw"),
+        (("--nodes", "{null}"), "is null"),
+        (("--gone", "2", "--pin", "2=0"), "gone"),
     ],
 )
 def test_a_bad_option_is_one_line(plan: Plan, args: tuple[str, ...], said: str) -> None:
+    null = plan.file("null.json", None)
+    args = tuple(arg.replace("{null}", null) for arg in args)
     status, _, err = plan(network(4), "dtfm", "--moves", "500", *args)
     assert (status, err.count("\n"), said in err) == (2, 1, True), err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("bandwidth_gbps", x) for x in (1e300, 1e308, 1e-308, 5e-324)] + [("latency_ms", 1e308)],
+)
+def test_links_beyond_all_sense_are_none(plan: Plan, key: str, value: float) -> None:
+    for objective in OBJECTIVES:
+        raw = network(4)
+        raw[key][0][1] = value
+        status, _, err = plan(raw, objective, "--moves", "500", "--explain")
+        assert (status, err) == (0, "")
 
 
 def test_islands_and_one_way_links_are_refused_or_avoided(plan: Plan) -> None:

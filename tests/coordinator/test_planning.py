@@ -1,6 +1,7 @@
 """From files to problems: sizes, pins, earlier plans, grids left open."""
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,8 @@ def test_machines_are_matched_by_name_and_filled_with_defaults() -> None:
         ([{"memory_gb": "24"}, {}], "not a number"),
         ([{"memory_gb": True}, {}], "not a number"),
         ([{"flops": 10**400}, {}], "over 0"),
+        ([{"memory_gb": 1e308}, {}], "give 1e-09 to 1e"),
+        ([{"tflops": 1e-300}, {}], "give 1e-12 to 1e"),
         ("nodes", "no list"),
     ],
 )
@@ -145,6 +148,13 @@ def test_pins_name_nodes_or_indices() -> None:
         read_range_pins(["c=1"], names)
 
 
+def test_pins_know_nodes_by_their_index_in_the_file() -> None:
+    assert read_pins(["5=0", "a=1"], ["a", "c"], 2, (3, 5)) == {1: 0, 0: 1}
+    assert read_range_pins(["3=0:2"], ["a", "c"], (3, 5)) == {0: (0, 2)}
+    with pytest.raises(DataError, match="no node '0', or it is gone"):
+        read_pins(["0=0"], ["a", "c"], 2, (3, 5))
+
+
 @given(JUNK)
 def test_no_json_breaks_the_readers(raw: Any) -> None:
     def survives(reader: Any) -> None:
@@ -160,6 +170,15 @@ def test_no_json_breaks_the_readers(raw: Any) -> None:
     survives(lambda: read_plan(mapping))
     survives(lambda: read_gone(mapping))
     survives(lambda: llama_facts({**TINY, "hidden_size": raw, "head_dim": raw}))
+
+
+@pytest.mark.parametrize("row", ["12", ["1", 2], [True, 2], {"0": 1, "1": 2}, 5, [[1], 2]])
+def test_tables_hold_numbers_only(row: object) -> None:
+    for key in ("latency_ms", "bandwidth_gbps"):
+        raw = network(2)
+        raw[key][1] = row
+        with pytest.raises(DataError, match=f"{key} is not a square table of numbers"):
+            read_topology(raw)
 
 
 def test_an_earlier_plan_is_read_back() -> None:
@@ -183,7 +202,7 @@ def earlier(rows: tuple[tuple[int, ...], ...], objective: str = "dtfm") -> Earli
 
 
 def test_dead_nodes_are_out_and_survivors_pay_for_other_stages() -> None:
-    plan = earlier(((0, 1), (2, 7)))
+    plan = earlier(((0, 1), (2, NOBODY)))
     wanted = Wanted("dtfm", network(6), earlier=plan, gone=frozenset([1]), horizon_steps=10)
     problem = build(wanted, QUICK)
     assert problem.nodes == (0, 2, 3, 4, 5)
@@ -201,12 +220,25 @@ def test_dead_nodes_are_out_and_survivors_pay_for_other_stages() -> None:
     assert patient.charge_s[0, 1] == pytest.approx(charge[0, 1] / 2)
 
 
+PLAN = earlier(((0, 1), (2, 3)))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"stages": 4}, "2 stages x 2 slots, not 4 x 2"),
         ({"objective": "training"}, "for the objective 'dtfm'"),
         ({"gone": frozenset([9])}, "only 6 nodes"),
+        ({"earlier": earlier(((0, 1), (2, 6)))}, "has a node 6"),
+        ({"earlier": earlier(((0, 1), (2, 0)))}, "node 0 in two places"),
+        (
+            {
+                "earlier": replace(
+                    PLAN, arrangement=replace(PLAN.arrangement, layers=((1, 2), (0, 1)))
+                )
+            },
+            "do not split",
+        ),
         ({"gone": frozenset(range(6))}, "every node"),
         ({"gone": frozenset([0, 1, 2])}, "need 4 nodes"),
         ({"earlier": earlier(((0, 1), (2,)))}, "unequal"),
@@ -232,8 +264,14 @@ def test_batches_divide_into_the_slots() -> None:
     odd = Wanted("training", {}, model=facts, batch={"num_microbatches": 7})
     with pytest.raises(UserError, match="do not divide into 2"):
         job_of(odd, 2)
-    with pytest.raises(DataError, match="impossible"):
+    with pytest.raises(DataError, match=r"impossible: rows: .* equal to 1$"):
         job_of(Wanted("training", {}, model=facts, batch={"rows": 0}), 2)
+
+
+def test_no_more_grids_are_tried_when_time_is_over() -> None:
+    over = Effort(moves=2000, should_stop=lambda: True)
+    notes = build(Wanted("dtfm", network(12)), over).notes
+    assert any("tried 1 of 6 grids" in note for note in notes)
 
 
 def test_an_open_grid_is_chosen_and_said() -> None:

@@ -14,6 +14,7 @@ from swarmnode.coordinator.planning.problem import (
     Problem,
     Wanted,
     check_room,
+    check_split,
     previous_of,
     stage_pins,
 )
@@ -51,7 +52,8 @@ def dtfm_problem(
             slots,
             gradient_bytes=wanted.gradient_bytes or gradient,
             activation_bytes=wanted.activation_bytes or activation,
-            pins=stage_pins(wanted, topology, stages),
+            pins=stage_pins(wanted, topology, nodes, stages),
+            most_moved=wanted.most_moved,
         )
 
     stages, slots = grid
@@ -70,6 +72,8 @@ def dtfm_problem(
     spare = len(nodes) - stages * slots
     if spare:
         notes += (f"{spare} of {len(nodes)} nodes stay spare",)
+    if wanted.earlier is not None:
+        check_split(wanted.earlier.arrangement.layers, stages)
     state = [BYTES_PER_STATE_WEIGHT / 4 * gradient] * stages
     previous = previous_of(wanted, topology, nodes, state)
     loads = grid_loads(topology, activation, gradient)
@@ -106,6 +110,8 @@ def _best_shape(
     costs: dict[tuple[int, int], float] = {}
     refusal: CapacityError | DataError | None = None
     for shape in shapes:
+        if costs and effort.should_stop():
+            break
         try:
             plugged = objective(*shape)
             found = plugged.search(plugged.first(None), None, brief)
@@ -117,4 +123,6 @@ def _best_shape(
         raise refusal or CapacityError("no grid of stages and pipelines has links for all it needs")
     order = sorted(usable, key=lambda shape: (usable[shape], shape))
     said = ", ".join(f"{s} x {v}: {usable[s, v]:.4g} s" for s, v in order[:4])
-    return *order[0], (f"tried {len(shapes)} grids, each briefly; {said}",)
+    count = str(len(shapes)) if len(costs) == len(shapes) else f"{len(costs)} of {len(shapes)}"
+    note = f"tried {count} grids, each briefly; {said}; bound and proof are of the best"
+    return *order[0], (note,)

@@ -18,6 +18,8 @@ DEFAULT_FLOPS = 20e12
 DEFAULT_MEMORY_BYTES = 24e9
 DEFAULT_MEMORY_BYTES_PER_S = 500e9
 MAX_LAYERS = 4096
+MAX_AMOUNT = 1e24
+"""Of bytes or operations: above what any machine has, and sums of it stay finite."""
 
 
 def _llama(
@@ -128,7 +130,13 @@ def _machine(entry: Mapping[str, Any], what: str) -> Machine:
         raise DataError(f"{what}: unknown key {odd[0]!r:.40}; known are {', '.join(sorted(known))}")
 
     def value(key: str, scale: float, default: float) -> float:
-        return number(entry[key], f"{what}: {key}") * scale if key in entry else default
+        if key not in entry:
+            return default
+        amount = number(entry[key], f"{what}: {key}") * scale
+        if not 1.0 <= amount <= MAX_AMOUNT:
+            least, most = 1.0 / scale, MAX_AMOUNT / scale
+            raise DataError(f"{what}: {key} is {entry[key]:g}; give {least:g} to {most:g}")
+        return amount
 
     return Machine(
         value("flops", 1.0, value("tflops", 1e12, DEFAULT_FLOPS)),
@@ -192,14 +200,17 @@ def kv_share(config: Mapping[str, Any]) -> float:
     return share if 0 < share <= 4 else 1.0
 
 
-def read_pins(texts: Sequence[str], names: Sequence[str], num_stages: int | None) -> dict[int, int]:
-    """Node index -> stage, from texts `NODE=STAGE`; NODE is a name or an index.
+def read_pins(
+    texts: Sequence[str], names: Sequence[str], num_stages: int | None, nodes: Sequence[int] = ()
+) -> dict[int, int]:
+    """Place in `names` -> stage, from texts `NODE=STAGE`; NODE is a name or an index.
 
+    `nodes` are the indices that users know the names by; 0, 1, .. unless given.
     Raises: DataError naming the pin.
     """
     pins: dict[int, int] = {}
     for text in texts:
-        node, value = _pinned(text, names)
+        node, value = _pinned(text, names, nodes)
         if not value.isdecimal():
             raise DataError(f"--pin {text!r:.60}: write NODE=STAGE, as in node3=0")
         stage = int(value[:9])
@@ -211,14 +222,16 @@ def read_pins(texts: Sequence[str], names: Sequence[str], num_stages: int | None
     return pins
 
 
-def read_range_pins(texts: Sequence[str], names: Sequence[str]) -> dict[int, tuple[int, int]]:
-    """Node index -> half-open range of layers, from texts `NODE=FROM:TO`.
+def read_range_pins(
+    texts: Sequence[str], names: Sequence[str], nodes: Sequence[int] = ()
+) -> dict[int, tuple[int, int]]:
+    """Place in `names` -> half-open range of layers, from texts `NODE=FROM:TO`; see read_pins.
 
     Raises: DataError naming the pin.
     """
     pins: dict[int, tuple[int, int]] = {}
     for text in texts:
-        node, value = _pinned(text, names)
+        node, value = _pinned(text, names, nodes)
         start, colon, stop = value.partition(":")
         if not (colon and start.isdecimal() and stop.isdecimal()):
             raise DataError(
@@ -232,17 +245,18 @@ def read_range_pins(texts: Sequence[str], names: Sequence[str]) -> dict[int, tup
     return pins
 
 
-def _pinned(text: str, names: Sequence[str]) -> tuple[int, str]:
-    """The node that a pin names, and what it is pinned to."""
+def _pinned(text: str, names: Sequence[str], nodes: Sequence[int]) -> tuple[int, str]:
+    """The place of the node that a pin names, and what it is pinned to."""
     name, found, value = text.rpartition("=")
     if not found or not name:
         raise DataError(f"--pin {text!r:.60}: write NODE=STAGE, as in node3=0")
     if name in names:
         return list(names).index(name), value
     node = int(name) if name.isdecimal() and len(name) < 9 else -1
-    if not 0 <= node < len(names):
-        raise DataError(f"--pin {text!r:.60}: the network has no node {name!r:.60}")
-    return node, value
+    known = nodes or range(len(names))
+    if node not in known:
+        raise DataError(f"--pin {text!r:.60}: the network has no node {name!r:.60}, or it is gone")
+    return known.index(node), value
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from swarmnode.domain import ModelFacts
 from swarmnode.errors import CapacityError, DataError
 from swarmnode.manifest import JobFile
 
-DEFAULT_HORIZON_STEPS = 10.0
+DEFAULT_HORIZON_STEPS = 100.0
 """Steps to the next change of the swarm: how long a move may take to pay."""
 DEFAULT_CONTEXT = 2048
 BYTES_PER_STATE_WEIGHT = 12
@@ -47,6 +47,8 @@ class Wanted:
     earlier: EarlierPlan | None = None
     gone: frozenset[int] = frozenset()
     horizon_steps: float = DEFAULT_HORIZON_STEPS
+    most_moved: int | None = None
+    """Most survivors that a repair may send to another stage, whatever it would save."""
     gradient_bytes: float | None = None
     activation_bytes: float | None = None
     max_hops: int | None = None
@@ -148,8 +150,11 @@ def check_room(count: int, stages: int, slots: int) -> None:
         )
 
 
-def stage_pins(wanted: Wanted, topology: Topology, num_stages: int | None) -> dict[int, int]:
-    return read_pins(wanted.pins, topology.names, num_stages)
+def stage_pins(
+    wanted: Wanted, topology: Topology, nodes: Sequence[int], num_stages: int | None
+) -> dict[int, int]:
+    """`topology` is what is left of the network: `nodes`, by their index in its file."""
+    return read_pins(wanted.pins, topology.names, num_stages, nodes)
 
 
 def previous_of(
@@ -160,9 +165,37 @@ def previous_of(
         return None
     index = {node: i for i, node in enumerate(nodes)}
     earlier = wanted.earlier.arrangement
+    most = max(nodes[-1], *wanted.gone, -1)
+    beyond = sorted(node for node in earlier.nodes if node > most)
+    if beyond:
+        raise DataError(
+            f"the previous plan has a node {beyond[0]}, the network only 0 to {most}; list dead "
+            "nodes in --gone, and keep them in the network file"
+        )
+    if wanted.objective != "training":
+        _check_once(earlier)
     slots = tuple(tuple(index.get(node, NOBODY) for node in row) for row in earlier.slots)
     arrangement = Arrangement(slots, earlier.layers)
     return charges(arrangement, topology, state_bytes, wanted.horizon_steps)
+
+
+def _check_once(earlier: Arrangement) -> None:
+    """Raises: DataError for a node with two places, where one is all that a node can have."""
+    seen: set[int] = set()
+    for node in (node for row in earlier.slots for node in row if node != NOBODY):
+        if node in seen:
+            raise DataError(f"the previous plan has node {node} in two places; give each node one")
+        seen.add(node)
+
+
+def check_split(layers: Sequence[tuple[int, int]], num_layers: int) -> None:
+    """Raises: DataError unless the stages of the earlier plan split the layers of the model."""
+    ends = [0, *(stop for _, stop in layers)]
+    if [start for start, _ in layers] != ends[:-1] or ends[-1] != num_layers:
+        raise DataError(
+            f"the previous plan's layers {str(list(layers))[:60]} do not split the {num_layers} "
+            "here, stage after stage; plan anew"
+        )
 
 
 def machines_of(wanted: Wanted, names: Sequence[str], nodes: Sequence[int]) -> list[Machine]:

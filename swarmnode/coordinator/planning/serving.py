@@ -27,12 +27,12 @@ HELIX_LAYER_BYTES = 1.7e9
 
 
 def _serving_pins(
-    wanted: Wanted, topology: Topology, grid: tuple[int, int] | None
+    wanted: Wanted, topology: Topology, nodes: Sequence[int], grid: tuple[int, int] | None
 ) -> Mapping[int, Any]:
     """Stages in a grid; without one, half-open ranges of layers."""
     if grid is not None:
-        return stage_pins(wanted, topology, grid[0])
-    return read_range_pins(wanted.pins, topology.names)
+        return stage_pins(wanted, topology, nodes, grid[0])
+    return read_range_pins(wanted.pins, topology.names, nodes)
 
 
 def serving_problem(wanted: Wanted) -> Problem:
@@ -60,12 +60,12 @@ def serving_problem(wanted: Wanted) -> Problem:
         grid = (stages, slots)
     objective = ServingObjective(
         part,
-        max_hops=wanted.max_hops,
+        max_hops=min(wanted.max_hops, len(nodes)) if wanted.max_hops else None,
         max_latency_s=wanted.max_latency_s,
         latency_weight=wanted.latency_weight,
         partial=wanted.partial,
         grid=grid,
-        pins=_serving_pins(wanted, part.topology, grid),
+        pins=_serving_pins(wanted, part.topology, nodes, grid),
     )
     state: list[float] = []
     if wanted.earlier is not None:

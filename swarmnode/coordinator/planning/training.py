@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from pydantic import ValidationError
+
 from swarmnode.coordinator.objective import Effort, Objective
 from swarmnode.coordinator.planning.inputs import Machine
 from swarmnode.coordinator.planning.loads import training_loads
@@ -10,6 +12,7 @@ from swarmnode.coordinator.planning.problem import (
     Problem,
     Seeded,
     Wanted,
+    check_split,
     machines_of,
     previous_of,
     stage_pins,
@@ -52,24 +55,20 @@ def training_problem(
     if stages is None or slots is None:
         shape = choose_shape(
             topology, devices, workload, stages=stages, slots=slots,
-            pins=stage_pins(wanted, topology, None),
+            pins=stage_pins(wanted, topology, nodes, None),
             effort=replace(effort, moves=max(1000, effort.moves // 4)),
         )  # fmt: skip
         stages, slots = shape.stages, shape.slots
         objective = Seeded(shape.objective, shape.arrangement)
-        notes += (f"{stages} stages x {slots} slots were chosen after a short search of each",)
+        said = f"{stages} stages x {slots} slots were chosen after a short search of each"
+        notes += (f"{said}; bound and proof are of this grid",)
     else:
-        objective = TrainingObjective(
-            topology, devices, workload, stages, slots, pins=stage_pins(wanted, topology, stages)
-        )
+        pins = stage_pins(wanted, topology, nodes, stages)
+        objective = TrainingObjective(topology, devices, workload, stages, slots, pins=pins)
     state: list[float] = []
     if wanted.earlier is not None:
         layers = wanted.earlier.arrangement.layers
-        if layers[-1][1] != workload.num_layers:
-            raise DataError(
-                f"the previous plan is for {layers[-1][1]} layers, the model has "
-                f"{workload.num_layers}"
-            )
+        check_split(layers, workload.num_layers)
         state = [
             BYTES_PER_STATE_WEIGHT * workload.weights(s, stages, stop - start)
             for s, (start, stop) in enumerate(layers)
@@ -98,8 +97,10 @@ def job_of(wanted: Wanted, slots: int | None) -> JobBase:
         batch = BatchConfig(rows=1, sequence_length=max(2, longest), num_microbatches=count)
     try:
         batch = BatchConfig.model_validate({**batch.model_dump(), **wanted.batch})
-    except ValueError as error:
-        raise DataError(f"the batch is impossible: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"the batch is impossible: {where}: {first['msg']}") from None
     if slots and batch.num_microbatches % slots:
         raise ManifestError(
             f"{batch.num_microbatches} microbatches do not divide into {slots} slots; "

@@ -29,6 +29,10 @@ TRIAL_MOVES = 1_000_000
 """Moves before a proof is tried: it is quicker if it knows a good grid."""
 PROOF_EFFORT = 3.0
 """CP-SAT's deterministic time, about a second each."""
+REGROUPED_SHARE = 0.36
+"""Of the moves of a cold search: for moves between stages that pair the hops exactly."""
+MOST_REGROUPED = 128
+"""Slots; with more of them such moves cost more time than they save."""
 RESCUE_MOVES = 200_000
 """A first answer that uses a missing link is searched this long for one that does not."""
 
@@ -36,8 +40,9 @@ RESCUE_MOVES = 200_000
 class DtfmObjective:
     """The cost of DT-FM on S stages x V slots; a node has one slot at most.
 
-    pins: node -> the stage that it must be in. Raises: CapacityError for fewer nodes than slots
-    or too many pins in a stage, DataError for a pin or a size that makes no sense.
+    pins: node -> the stage that it must be in. most_moved: how many nodes a repair may send to
+    another stage, whatever the charges; None for no limit. Raises: CapacityError for fewer nodes
+    than slots or too many pins in a stage, DataError for a pin or a size that makes no sense.
     """
 
     name = "dtfm"
@@ -51,6 +56,7 @@ class DtfmObjective:
         gradient_bytes: float = GRADIENT_BYTES,
         activation_bytes: float = ACTIVATION_BYTES,
         pins: Mapping[int, int] | None = None,
+        most_moved: int | None = None,
     ) -> None:
         _check(topology, stages, slots, gradient_bytes, activation_bytes, pins or {})
         self.topology = topology
@@ -58,7 +64,7 @@ class DtfmObjective:
         self.gradient_bytes, self.activation_bytes = gradient_bytes, activation_bytes
         self.reduce_s = reduction_table(topology, slots, gradient_bytes)
         self.hop_s = hop_table(topology, activation_bytes)
-        self.pins = dict(pins or {})
+        self.pins, self.most_moved = dict(pins or {}), most_moved
         self._pin = np.full(topology.num_nodes, -1, dtype=np.int64)
         for node, stage in self.pins.items():
             self._pin[node] = stage
@@ -170,9 +176,19 @@ class DtfmObjective:
         self, starts: Sequence[Ints], problem: GridProblem, effort: Effort, *, from_cold: bool
     ) -> tuple[Ints, int]:
         from swarmnode.coordinator.solver.grid.portfolio import Budget, search_grids
+        from swarmnode.coordinator.solver.grid.repair import repair_grids
 
-        budget = Budget(effort)
-        return search_grids(problem, starts, budget, from_cold=from_cold), budget.spent
+        if not from_cold:
+            budget = Budget(effort)
+            return repair_grids(problem, starts, budget, self.most_moved), budget.spent
+        is_small = self.stages * self.slots <= MOST_REGROUPED
+        lanes = int(effort.moves * (1.0 - REGROUPED_SHARE)) if is_small else effort.moves
+        budget = Budget(_part_of(effort, 0, lanes))
+        best = search_grids(problem, starts, budget)
+        if budget.is_stopped or not is_small:
+            return best, budget.spent
+        closing = Budget(_part_of(effort, lanes, effort.moves - lanes))
+        return repair_grids(problem, [best], closing), budget.spent + closing.spent
 
     def _seeds(self) -> list[Ints]:
         shape = (self.stages, self.slots)

@@ -40,9 +40,8 @@ COLD = (Schedule(4e-3, 8e-5, 0.9), Schedule(4e-3, 8e-5, 0.5), Schedule(4e-3, 4e-
 FOLDED = Schedule(8e-3, 2e-4, 0.9)
 UNFOLDED = Schedule(1.5e-3, 8e-5, 0.5)
 WARM = (Schedule(1e-3, 8e-5, 0.5), Schedule(1.5e-3, 8e-5, 0.3), Schedule(5e-4, 4e-5, 0.3))
-
-REPAIR = (Schedule(3e-3, 2e-4, 0.5), Schedule(3e-3, 4e-4, 0.1), Schedule(1.6e-3, 8e-5, 0.5))
-"""With charges it pays to begin hot: the way to a few good moves leads through many."""
+NUM_EXPLORERS = 6
+"""Runs from new places before any reheats what they found."""
 
 
 @dataclass
@@ -112,25 +111,22 @@ def anneal_from(
     return problem.polished(best[: stages * slots].reshape(stages, slots))
 
 
-def search_grids(
-    problem: GridProblem, starts: Sequence[Ints], budget: Budget, *, from_cold: bool
-) -> Ints:
+def search_grids(problem: GridProblem, starts: Sequence[Ints], budget: Budget) -> Ints:
     """The best grid that the budget finds, at least as good as the best of `starts`.
 
-    `from_cold`: nothing has to stay where it is, so runs may begin anywhere; otherwise
-    they begin at `starts`. Runs that explore alternate with runs that reheat one of the elites.
+    Nothing has to stay where it is, so runs may begin anywhere. Runs that explore alternate with
+    runs that reheat one of the elites.
     """
     elites = Elites()
     for grid in starts:
         elites.offer(problem, problem.polished(grid))
-    num_explorers = 6 if from_cold else 4
     moves = max(1, min(budget.left // 8, LONGEST_RUN * max(64, problem.num_nodes) // 64))
     count = 0
     while budget.left > 0:
         random = np.random.default_rng([budget.effort.seed, count])
         run = min(moves, budget.left)
-        if count < num_explorers or count % 2:
-            found = _explore(problem, starts, count, run, random, budget, from_cold)
+        if count < NUM_EXPLORERS or count % 2:
+            found = _explore(problem, count, run, random, budget)
         else:
             _, grid = elites.grids[(count // 2) % len(elites.grids)]
             schedule = WARM[count // 2 % len(WARM)]
@@ -141,14 +137,9 @@ def search_grids(
 
 
 def _explore(
-    problem: GridProblem, starts: Sequence[Ints], count: int, moves: int,
-    random: np.random.Generator, budget: Budget, from_cold: bool,
-) -> Ints:  # fmt: skip
-    """A run from a new place: folded, cold, or (if nodes should stay) from a start."""
-    if not from_cold:
-        schedule = REPAIR[count % len(REPAIR)]
-        grid = starts[count % len(starts)]
-        return anneal_from(problem, grid, schedule, moves, _word(random), budget)
+    problem: GridProblem, count: int, moves: int, random: np.random.Generator, budget: Budget
+) -> Ints:
+    """A run from a new place: folded or cold."""
     if count % 2 == 0 or not _can_fold(problem):
         nodes = seeds.usable_nodes(problem.hop_s, problem.stages * problem.slots, problem.pin)
         grid = seeds.obey(seeds.shuffled(nodes, problem.stages, problem.slots, random), problem.pin)

@@ -181,7 +181,10 @@ def _check_rules(
     if rules.grid is not None:
         stages, slots = rules.grid
         if stages < 1 or slots < 1 or stages > instance.num_layers:
-            raise DataError(f"a grid of {stages} stages x {slots} slots for this model")
+            raise DataError(
+                f"{stages} stages x {slots} slots for {instance.num_layers} layers; ask for a "
+                "stage a layer at most"
+            )
     if ends is not None:
         is_rising = all(a < b for a, b in pairwise(ends))
         fits = rules.grid is not None and len(ends) == rules.grid[0] + 1
@@ -199,6 +202,9 @@ def _check_pins(
             if not isinstance(pin, int) or not 0 <= pin < rules.grid[0]:
                 raise DataError(f"node {node} is pinned to stage {pin} of {rules.grid[0]}")
         elif isinstance(pin, int) or not 0 <= pin[0] < pin[1] <= instance.num_layers:
-            raise DataError(f"node {node} is pinned to {pin}; give a range (start, stop)")
+            raise DataError(
+                f"node {node} is pinned to {pin}; give a range of layers, 0:1 to "
+                f"0:{instance.num_layers}"
+            )
         elif instance.rate[node, pin[1] - pin[0]] <= 0:
             raise DataError(f"node {node} is pinned to {pin}, which its memory cannot hold")
