@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--switch", type=Path, default=Path("../shared/tools/netlab.py"))
     parser.add_argument("--rates-mbit", default="20,60,200")
     parser.add_argument("--rtt-ms", type=float, default=20.0)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--draw", type=Path)
@@ -119,6 +119,7 @@ num_microbatches = {4 * options.slots}
 [placement]
 stages = {options.stages}
 slots = {options.slots}
+min_peers = {NUM_HOSTS}
 layers = {json.dumps(even(int(config["num_hidden_layers"]), options.stages))}
 [run]
 steps = {options.steps}

@@ -15,7 +15,7 @@ from swarmnode.coordinator.topology import Topology
 
 MARGIN = 2.0
 """What a move must save, in times of what it costs: predictions err."""
-LEAST_GAIN = 0.1
+LEAST_GAIN = 0.15
 """Share of the step that a move must save: below that, measurements jitter as much."""
 RESTART_S = 2.0
 """What any new generation costs beside moving state: the children start their stages again."""
