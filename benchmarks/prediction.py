@@ -219,6 +219,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     axes.errorbar(rates, median, (low, high), fmt="o-", capsize=4, label="measured, p10 to p90")
     axes.plot(rates, [line["predicted_s"] for line in lines], "s--", label="predicted")
     axes.set(xscale="log", xlabel="uplink of every host, Mbit/s", ylabel="seconds per step")
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.legend(frameon=False)

@@ -139,7 +139,7 @@ class CoordinatorService:
     async def _decide_grid(self, job: JobFile, facts: ModelFacts) -> PlacementConfig:
         """What the job leaves open of its grid, for who is here; the solver decides."""
         wish = job.placement
-        swarm = Swarm(self._tools.peers())
+        swarm = Swarm(self._tools.peers()).settled()
         if wish.stages and wish.slots and (wish.layers or swarm.is_even(job.run.compute)):
             return PlacementConfig(**wish.model_dump(exclude_none=True))
         return await self._tools.solver.decide_grid(GridRequest(swarm, facts, job.open))

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,15 @@ def test_a_much_faster_machine_gets_more_layers_and_equal_ones_equal_layers(tmp_
     assert layers is not None
     assert sorted(layers) != [3, 3]
     assert decide(wish, Swarm((advert("a"), advert("b"))), tmp_path).layers is None
+
+
+def test_a_machine_that_was_measured_in_a_busy_moment_counts_as_its_like() -> None:
+    twin = replace(advert("a", flops=9e9), peer=PeerId("b"))
+    slow = replace(twin.device, flops={"float32": 1e9})
+    swarm = Swarm((advert("a", flops=9e9), replace(twin, device=slow), advert("c", flops=1e9)))
+    assert [peer.device.flops["float32"] for peer in swarm.settled().peers] == [9e9, 9e9, 1e9]
+    assert not swarm.settled().is_even("float32")
+    assert Swarm(swarm.peers[:2]).settled().is_even("float32")
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:

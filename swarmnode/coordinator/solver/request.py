@@ -1,11 +1,16 @@
 """What the coordinator asks the solver, and what it answers: plain data that crosses a pipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swarmnode.coordinator.measurements import MeasuredLink
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.domain import Advert, ModelFacts, PeerId, Plan
 from swarmnode.manifest import OpenJob, PlacedJob, PlacementConfig
+
+
+def _kind(advert: Advert) -> tuple[str, str, int]:
+    return advert.device.kind, advert.device.name, advert.device.num_cores
+
 
 EVEN = 1.25
 """Measured speeds differ by less than this factor between machines that are alike."""
@@ -19,6 +24,23 @@ class Swarm:
     links: tuple[MeasuredLink, ...] = ()
     flops: tuple[tuple[PeerId, float], ...] = ()
     """FLOP/s that a peer really reached in this job."""
+
+    def settled(self) -> "Swarm":
+        """Machines of one kind as fast as the fastest of them was measured.
+
+        A measurement in a busy moment is too low, never too high; what is decided for the life
+        of a job should not hang on one.
+        """
+        best: dict[tuple[str, str, int], dict[str, float]] = {}
+        for advert in self.peers:
+            speeds = best.setdefault(_kind(advert), {})
+            for dtype, flops in advert.device.flops.items():
+                speeds[dtype] = max(flops, speeds.get(dtype, 0.0))
+        peers = tuple(
+            replace(advert, device=replace(advert.device, flops=best[_kind(advert)]))
+            for advert in self.peers
+        )
+        return replace(self, peers=peers)
 
     def is_even(self, dtype: str) -> bool:
         """Whether no machine is clearly faster than another."""
