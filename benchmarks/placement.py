@@ -60,7 +60,7 @@ def cases(data: Path | None) -> Iterator[Case]:
             continue
         network = {"file": str(path.resolve())}
         if name.startswith("helix"):
-            for hops in (None, 8, 12, 16):
+            for hops in (None, 9, 12, 16):
                 limit = f"helix, at most {hops} hops" if hops else "helix"
                 yield Case("serving", limit, network, None, {"max_hops": hops})
         else:
