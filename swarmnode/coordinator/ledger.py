@@ -147,9 +147,10 @@ class Ledger:
             return []
         peers = self._pool.usable(now_s)
         self.outlook.predict(self.plan, peers, now_s)
-        if not self.replanning.wants_answer(now_s):
+        serves = self.phase == "serving"
+        if not self.replanning.wants_answer(now_s, serves=serves):
             return []
-        calm_s, serves = self.replanning.churn.calm_s(now_s), self.phase == "serving"
+        calm_s = self.replanning.churn.calm_s(now_s)
         return [Improve(self.outlook.request(self.plan, peers, serves=serves, calm_s=calm_s))]
 
     def _on_improved(self, now_s: float) -> list[Effect]:
@@ -381,6 +382,7 @@ class Ledger:
             self.phase = "saving"
             return [] if self.step in self._publications else self._publish(now_s)
         self.phase = "serving"
+        self.replanning.serves()
         self._failures = 0
         self._pool.forgive(self.plan.workers() if self.plan else ())
         self.progress.going_again(now_s)

@@ -33,13 +33,15 @@ class Replanning:
         self._is_waiting = False
         self._is_due = False
         self._num_moves = 0
+        self._is_other_crowd = False
+        self._is_deaf = False
 
     def see(self, peers: Sequence[Advert]) -> None:
         """Who may be given work now; a change is a reason to look again."""
         now = frozenset(advert.peer for advert in peers)
         if self._peers is not None and now != self._peers:
             self.churn.changed()
-            self._is_due = True
+            self._is_due = self._is_other_crowd = True
             self._num_moves = 0
         self._peers = now
 
@@ -51,8 +53,19 @@ class Replanning:
         self._is_due = True
         self._placed_s = now_s
 
-    def wants_answer(self, now_s: float) -> bool:
-        """Whether the solver should be asked now; it then counts as asked."""
+    def serves(self) -> None:
+        """The steps are done, conversations begin: what was asked about steps is void."""
+        self.chosen = None
+        self._is_waiting = self._is_other_crowd = False
+        self._is_deaf = True
+
+    def wants_answer(self, now_s: float, *, serves: bool = False) -> bool:
+        """Whether the solver should be asked now; it then counts as asked.
+
+        A move interrupts conversations: while a job `serves`, only who comes or goes is a reason.
+        """
+        if serves and not self._is_other_crowd:
+            return False
         if self._is_waiting and now_s - self._asked_s < PATIENCE_S:
             return False
         settle_s = SETTLE_S * 2.0 ** min(self._num_moves, MOST_DOUBLINGS)
@@ -61,13 +74,14 @@ class Replanning:
         if not self._is_due and now_s - self._asked_s < PERIOD_S:
             return False
         self._is_waiting, self._is_due, self._asked_s = True, False, now_s
+        self._is_other_crowd = self._is_deaf = False
         return True
 
     def answered(
         self, current: Generation, asked: Generation, found: Improvement | None, now_s: float
     ) -> None:
         """The solver's answer, None if it had none; asked about generation `asked`."""
-        if asked != current:
+        if asked != current or self._is_deaf:
             return
         self._is_waiting = False
         if found is None:

@@ -76,6 +76,19 @@ def test_moves_of_choice_become_rare_until_somebody_comes_or_goes() -> None:
     assert replanning.wants_answer(SETTLE_S)
 
 
+def test_conversations_are_interrupted_only_when_somebody_comes_or_goes() -> None:
+    replanning = settled()
+    assert replanning.wants_answer(SETTLE_S)
+    replanning.serves()
+    replanning.answered(ONE, ONE, found(), SETTLE_S + 1)  # asked about steps
+    assert replanning.chosen is None
+    assert not replanning.wants_answer(10 * PERIOD_S, serves=True)
+    replanning.see([advert("a"), advert("b")])
+    assert replanning.wants_answer(10 * PERIOD_S + 1, serves=True)
+    replanning.answered(ONE, ONE, found(), 10 * PERIOD_S + 2)
+    assert replanning.chosen is not None
+
+
 def test_what_is_not_worth_it_is_not_taken_and_says_why() -> None:
     replanning = settled()
     replanning.answered(ONE, ONE, found(1.0, 0.99), 10.0)
