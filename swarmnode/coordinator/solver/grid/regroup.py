@@ -12,8 +12,8 @@ stage h sends to, `back` is its inverse; -1 for a seat that is not paired yet.
 import numpy as np
 from numpy.typing import NDArray
 
+from swarmnode.coordinator.solver.chance import below, draw
 from swarmnode.coordinator.solver.compiled import compiled
-from swarmnode.coordinator.solver.grid.annealing import below, draw
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -11,13 +11,11 @@ this file too, or clear the cache (a test compares the compiled price with the p
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swarmnode.coordinator.cost import step_formula as on
 from swarmnode.coordinator.cost.step_formula import Floats, Ints, Tables
+from swarmnode.coordinator.solver.chance import Words, below, draw
 from swarmnode.coordinator.solver.compiled import compiled
-
-Words = NDArray[np.uint64]
 
 fill_stages = compiled(on.fill_stages)
 fill_machines = compiled(on.fill_machines)
@@ -44,23 +42,6 @@ class Scratch:
     @property
     def arrays(self) -> tuple[Floats, Floats, Floats, Floats, Floats]:
         return self.stage, self.machine, self.column, self.step, self.latency_s
-
-
-@compiled
-def draw(word: Words) -> int:
-    """The next pseudo-random integer in [0, 2**31) (xorshift64*, Vigna 2016)."""
-    x = word[0]
-    x ^= x >> np.uint64(12)
-    x ^= x << np.uint64(25)
-    x ^= x >> np.uint64(27)
-    word[0] = x
-    return np.int64((x * np.uint64(2685821657736338717)) >> np.uint64(33))  # type: ignore[return-value]
-
-
-@compiled
-def below(word: Words, limit: int) -> int:
-    """A pseudo-random integer in [0, limit)."""
-    return (draw(word) * limit) >> 31
 
 
 @compiled
