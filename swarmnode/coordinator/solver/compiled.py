@@ -11,5 +11,11 @@ R = TypeVar("R")
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Compile `function` at its first call; the machine code is kept on disk for later runs."""
-    kernel: Any = numba.njit(cache=True)(function)
+    kernel: Any = numba.njit(cache=True, nogil=True)(function)
+    return kernel  # type: ignore[no-any-return]
+
+
+def inlined(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile `function` into each of its callers: for what is called at every move."""
+    kernel: Any = numba.njit(cache=True, nogil=True, inline="always")(function)
     return kernel  # type: ignore[no-any-return]

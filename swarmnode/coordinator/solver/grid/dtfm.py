@@ -29,10 +29,8 @@ TRIAL_MOVES = 1_000_000
 """Moves before a proof is tried: it is quicker if it knows a good grid."""
 PROOF_EFFORT = 3.0
 """CP-SAT's deterministic time, about a second each."""
-REGROUPED_SHARE = 0.36
-"""Of the moves of a cold search: for moves between stages that pair the hops exactly."""
 MOST_REGROUPED = 128
-"""Slots; with more of them such moves cost more time than they save."""
+"""Slots; with more of them a cold search over the lanes finds better grids than one of stages."""
 RESCUE_MOVES = 200_000
 """A first answer that uses a missing link is searched this long for one that does not."""
 
@@ -177,18 +175,14 @@ class DtfmObjective:
     ) -> tuple[Ints, int]:
         from swarmnode.coordinator.solver.grid.portfolio import Budget, search_grids
         from swarmnode.coordinator.solver.grid.repair import repair_grids
+        from swarmnode.coordinator.solver.grid.tournament import search_stages
 
+        budget = Budget(effort)
         if not from_cold:
-            budget = Budget(effort)
             return repair_grids(problem, starts, budget, self.most_moved), budget.spent
-        is_small = self.stages * self.slots <= MOST_REGROUPED
-        lanes = int(effort.moves * (1.0 - REGROUPED_SHARE)) if is_small else effort.moves
-        budget = Budget(_part_of(effort, 0, lanes))
-        best = search_grids(problem, starts, budget)
-        if budget.is_stopped or not is_small:
-            return best, budget.spent
-        closing = Budget(_part_of(effort, lanes, effort.moves - lanes))
-        return repair_grids(problem, [best], closing), budget.spent + closing.spent
+        if self.stages * self.slots <= MOST_REGROUPED:
+            return search_stages(problem, starts, budget), budget.spent
+        return search_grids(problem, starts, budget), budget.spent
 
     def _seeds(self) -> list[Ints]:
         shape = (self.stages, self.slots)

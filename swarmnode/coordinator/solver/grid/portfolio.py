@@ -21,7 +21,6 @@ CHUNK_MOVES = 100_000
 """Moves between two looks at `should_stop`: 20 ms at 64 nodes, 0.1 s at 1000."""
 LONGEST_RUN = 1_000_000
 """Moves of one run at 64 nodes, more for more nodes: two short runs beat one long one."""
-NUM_ELITES = 3
 SWAP_SHARE = 0.6
 COOLED = 0.8
 """Share of a run after which only the maxima count."""
@@ -69,12 +68,13 @@ class Budget:
 class Elites:
     """The few best grids, all of different cost: equal cost is nearly always the same grid."""
 
+    most: int = 3
     grids: list[tuple[float, Ints]] = field(default_factory=list)
 
     def offer(self, problem: GridProblem, grid: Ints) -> None:
         cost_s = problem.cost(grid)
         if all(abs(cost_s - known_s) > 1e-9 * known_s for known_s, _ in self.grids):
-            self.grids = sorted([*self.grids, (cost_s, grid)], key=lambda at: at[0])[:NUM_ELITES]
+            self.grids = sorted([*self.grids, (cost_s, grid)], key=lambda at: at[0])[: self.most]
 
 
 def anneal_from(
@@ -130,7 +130,7 @@ def search_grids(problem: GridProblem, starts: Sequence[Ints], budget: Budget) -
         else:
             _, grid = elites.grids[(count // 2) % len(elites.grids)]
             schedule = WARM[count // 2 % len(WARM)]
-            found = anneal_from(problem, grid, schedule, run, _word(random), budget)
+            found = anneal_from(problem, grid, schedule, run, word_of(random), budget)
         elites.offer(problem, found)
         count += 1
     return elites.grids[0][1]
@@ -140,19 +140,20 @@ def _explore(
     problem: GridProblem, count: int, moves: int, random: np.random.Generator, budget: Budget
 ) -> Ints:
     """A run from a new place: folded or cold."""
-    if count % 2 == 0 or not _can_fold(problem):
+    if count % 2 == 0 or not can_fold(problem):
         nodes = seeds.usable_nodes(problem.hop_s, problem.stages * problem.slots, problem.pin)
         grid = seeds.obey(seeds.shuffled(nodes, problem.stages, problem.slots, random), problem.pin)
         schedule = COLD[count // 2 % len(COLD)]
-        return anneal_from(problem, grid, schedule, moves, _word(random), budget)
-    return _folded(problem, moves, random, budget)
+        return anneal_from(problem, grid, schedule, moves, word_of(random), budget)
+    return folded(problem, moves, random, budget)
 
 
-def _can_fold(problem: GridProblem) -> bool:
+def can_fold(problem: GridProblem) -> bool:
+    """Whether blocks of nodes are a simpler instance than the nodes."""
     return problem.slots > 2 and problem.num_nodes >= 32
 
 
-def _folded(problem: GridProblem, moves: int, random: np.random.Generator, budget: Budget) -> Ints:
+def folded(problem: GridProblem, moves: int, random: np.random.Generator, budget: Budget) -> Ints:
     """Arrange blocks of near nodes, unfold them, and go on with single nodes."""
     stages, slots = problem.stages, problem.slots
     nodes = seeds.usable_nodes(problem.hop_s, stages * slots, problem.pin)
@@ -166,12 +167,12 @@ def _folded(problem: GridProblem, moves: int, random: np.random.Generator, budge
     )  # fmt: skip
     grid = seeds.shuffled(np.arange(num_blocks), stages, slots // size, random)
     quiet = Budget(replace(budget.effort, report=lambda _done, _best: None))  # costs are not ours
-    blocks = anneal_from(folded, grid, FOLDED, moves // 4, _word(random), quiet)
+    blocks = anneal_from(folded, grid, FOLDED, moves // 4, word_of(random), quiet)
     budget.spend(quiet.spent, budget.best_s)
     unfolded = seeds.obey(coarse.unfold(blocks), problem.pin)
-    return anneal_from(problem, unfolded, UNFOLDED, moves - moves // 4, _word(random), budget)
+    return anneal_from(problem, unfolded, UNFOLDED, moves - moves // 4, word_of(random), budget)
 
 
-def _word(random: np.random.Generator) -> int:
+def word_of(random: np.random.Generator) -> int:
     """A start for the kernel's own generator."""
     return int(random.integers(1, 2**62))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarmnode.coordinator.solver.grid import polish, regroup
+from swarmnode.coordinator.solver.grid.pairing import FREE
 from swarmnode.coordinator.solver.grid.portfolio import (
     CHUNK_MOVES,
     COOLED,
@@ -32,6 +33,8 @@ LANES = (Schedule(3e-3, 2e-4, 0.5), Schedule(1.6e-3, 8e-5, 0.5), Schedule(1e-3, 
 """Hot enough to leave a placement: the way to a few good moves leads through many."""
 LANES_EVERY = 4
 """One run in so many goes over the lanes."""
+SLOTS_PER_MOVE = 4
+"""A move between stages takes as long as one over the lanes for so many slots of a stage."""
 DEARER = 4e-3
 """What each node above the limit costs while a run goes on, as a share like the temperatures."""
 
@@ -45,7 +48,7 @@ class Limit:
 
     def allows(self, grid: Ints) -> bool:
         home = self.home[grid]
-        away = (home != regroup.FREE) & (home != np.arange(len(grid))[:, None])
+        away = (home != FREE) & (home != np.arange(len(grid))[:, None])
         return self.most is None or int(away.sum()) <= self.most
 
     def polished(self, problem: GridProblem, grid: Ints) -> Ints:
@@ -60,7 +63,8 @@ def repair_grids(
 ) -> Ints:
     """The best grid that the budget finds from `starts`: cost and charges; as good as they are.
 
-    Deterministic for the budget's seed and moves. A move between stages counts as V moves.
+    Deterministic for the budget's seed and moves. A move between
+    stages counts as V / SLOTS_PER_MOVE.
     most_moved: how many nodes may leave the stage where they are charged least.
     """
     elites, limit = Elites(), Limit(homes(problem.charge_s), most_moved)
@@ -105,7 +109,8 @@ def regroup_from(
     )  # fmt: skip
     word = np.array([seed * 2 + 1], dtype=np.uint64)
     row_in = np.ascontiguousarray(problem.reduce_s.T)
-    total, chunk, done = max(1, moves // slots), max(1, CHUNK_MOVES // slots), 0
+    each = max(1, slots // SLOTS_PER_MOVE)
+    total, chunk, done = max(1, moves // each), max(1, CHUNK_MOVES // each), 0
     while done < total and not budget.is_stopped:
         stop = min(total, done + chunk)
         least_s = regroup.regroup(
@@ -113,7 +118,7 @@ def regroup_from(
             *scratch, best, knobs, word, done, stop, total,
         )  # fmt: skip
         last = stop == total
-        budget.spend(moves - done * slots if last else (stop - done) * slots, least_s)
+        budget.spend(moves - done * each if last else (stop - done) * each, least_s)
         done = stop
     found = limit.polished(problem, best[: stages * slots].reshape(stages, slots))
     return found if problem.cost(found) <= problem.cost(grid) else grid
@@ -122,7 +127,7 @@ def regroup_from(
 def homes(charge_s: Floats) -> Ints:
     """The stage where a node is charged least, -1 if all are equal. Shapes: (N, S) -> (N,)."""
     bound = charge_s.min(axis=1) < charge_s.max(axis=1)
-    return np.where(bound, charge_s.argmin(axis=1), regroup.FREE).astype(np.int64)
+    return np.where(bound, charge_s.argmin(axis=1), FREE).astype(np.int64)
 
 
 def _knobs(problem: GridProblem, grid: Ints, schedule: Schedule, most: int | None) -> Floats:
