@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REPEAT ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint format dashboard bench clean
+.PHONY: install demo test lint format dashboard bench simulate chaos clean
 
 install: $(STAMP)
 
@@ -39,6 +40,14 @@ dashboard: install
 
 bench: install
 	$(BIN)/python benchmarks/transport.py
+
+simulate: install
+	$(BIN)/swarmnode simulate examples/scenarios/faults.toml --seeds 0..5000 --jobs 2 $(ARGS)
+
+# All faults on real processes; REPEAT=20 does them so many times in a row.
+chaos: install
+	for number in $$(seq $(REPEAT)); do \
+	  $(BIN)/python -m pytest tests/chaos -m 'chaos or processes' $(ARGS) || exit; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -19,7 +19,9 @@ HTTP_FILE = "http.json"
 TOKEN_FILE = "token"  # noqa: S105 - a file name
 LOG_FILE = "daemon.log"
 _PREFIX = "SWARMNODE_"
-_INNER_VARIABLES = frozenset({"SWARMNODE_PIPE_FD", "SWARMNODE_PARENT_PID"})
+_INNER_VARIABLES = frozenset(
+    f"SWARMNODE_{name}" for name in ("PIPE_FD", "PARENT_PID", "FAILPOINT", "FAILPOINT_ONCE")
+)
 _AMOUNT = re.compile(
     r"(?P<number>\d{1,15}(\.\d{1,15})?)\s*(?P<prefix>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE
 )
@@ -58,6 +60,8 @@ class NodeConfig(BaseSettings):
     """Least severity that is written to the log."""
     lease_s: float = Field(default=30.0, ge=3, le=600, allow_inf_nan=False)
     """Seconds an advert stays valid; renewed every third of it, so two may get lost."""
+    drain_s: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
+    """Most seconds that a node which is asked to stop takes to give its slots to others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where jobs compute: cuda, cpu, or cuda where there is one."""
 

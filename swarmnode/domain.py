@@ -122,6 +122,11 @@ class Plan:
     predicted_step_s: float = 0.0
     bound_s: float | None = None
     """No placement of these machines has a faster step; None when nobody knows."""
+    shadows: tuple[tuple[PeerId, ...], ...] = ()
+    """shadows[stage]: peers that hold the stage's state and log without computing for it; none of
+    them hosts one of its slots. Shadow k of a stage is addressed as slot num_slots + k."""
+    voters: tuple[PeerId, ...] = ()
+    """Whose majority begins the next generation, in order of succession, the coordinator first."""
 
     @property
     def num_stages(self) -> int:
@@ -133,31 +138,59 @@ class Plan:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every stage has layers and the same number of slots, at least one."""
+        """Whether every stage has layers, the same number of slots, at least one, and no peer
+        twice as a holder where it is a shadow."""
         widths = {len(row) for row in self.slots}
-        return len(self.layers) == len(self.slots) > 0 and len(widths) == 1 and widths != {0}
-
-    def __contains__(self, slot: SlotId) -> bool:
-        return 0 <= slot.stage < self.num_stages and 0 <= slot.slot < self.num_slots
-
-    def host(self, slot: SlotId) -> PeerId:
-        """The peer that hosts `slot`, which must be in the plan."""
-        assert slot in self
-        return self.slots[slot.stage][slot.slot]
-
-    def hosted_by(self, peer: PeerId) -> tuple[SlotId, ...]:
-        """The slots of `peer`, by stage, then by slot."""
-        return tuple(
-            SlotId(s, v)
-            for s, row in enumerate(self.slots)
-            for v, host in enumerate(row)
-            if host == peer
+        if not len(self.layers) == len(self.slots) > 0 or len(widths) != 1 or widths == {0}:
+            return False
+        return not self.shadows or (
+            len(self.shadows) == len(self.slots)
+            and all(
+                len(set(dark)) == len(dark) and not set(dark) & set(row)
+                for row, dark in zip(self.slots, self.shadows, strict=True)
+            )
         )
 
+    def holders(self, stage: int) -> tuple[PeerId, ...]:
+        """By slot number: who hosts the stage's slots, then who shadows it."""
+        return self.slots[stage] + (self.shadows[stage] if self.shadows else ())
+
+    def computes(self, slot: SlotId) -> bool:
+        """Whether `slot` is one that computes, and not a shadow or nothing at all."""
+        return 0 <= slot.stage < self.num_stages and 0 <= slot.slot < self.num_slots
+
+    def __contains__(self, slot: SlotId) -> bool:
+        """Whether `slot` is a slot or a shadow of this plan."""
+        in_grid = 0 <= slot.stage < self.num_stages and slot.slot >= 0
+        return in_grid and slot.slot < len(self.holders(slot.stage))
+
+    def host(self, slot: SlotId) -> PeerId:
+        """The peer that hosts `slot` (or is that shadow), which must be in the plan."""
+        assert slot in self
+        return self.holders(slot.stage)[slot.slot]
+
+    def held_by(self, peer: PeerId) -> tuple[SlotId, ...]:
+        """The slots and shadows of `peer`, by stage, then by slot."""
+        return tuple(
+            SlotId(stage, number)
+            for stage in range(self.num_stages)
+            for number, holder in enumerate(self.holders(stage))
+            if holder == peer
+        )
+
+    def hosted_by(self, peer: PeerId) -> tuple[SlotId, ...]:
+        """The slots for which `peer` computes, by stage, then by slot."""
+        return tuple(slot for slot in self.held_by(peer) if self.computes(slot))
+
+    def stages_of(self, peer: PeerId) -> tuple[int, ...]:
+        """The stages whose state `peer` holds, sorted."""
+        return tuple(sorted({slot.stage for slot in self.held_by(peer)}))
+
     def workers(self) -> tuple[PeerId, ...]:
-        """Every peer that hosts a slot, sorted, once."""
-        return tuple(sorted({peer for row in self.slots for peer in row}))
+        """Every peer that hosts a slot or is a shadow, sorted, once."""
+        stages = range(self.num_stages)
+        return tuple(sorted({peer for stage in stages for peer in self.holders(stage)}))
 
     def names(self, peer: PeerId) -> bool:
         """Whether `peer` has any business with this job."""
-        return peer == self.coordinator or any(peer in row for row in self.slots)
+        return peer == self.coordinator or peer in self.workers()

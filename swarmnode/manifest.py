@@ -147,6 +147,8 @@ class RunConfig(Section):
     """Microbatches of held-out data in one evaluation (fewer where there is less data)."""
     checkpoint_every: int = Field(default=100, ge=0)
     """Steps between checkpoints; 0 for one at the end only."""
+    deterministic: bool = False
+    """Same job, same bits, whoever dies: one thread per worker; give placement.slots and layers."""
 
 
 class JobBase(Section):
@@ -174,6 +176,12 @@ def _check_grid(batch: BatchConfig, slots: int | None) -> None:
         )
 
 
+def _check_pinned(run: RunConfig, placement: PlacementWish) -> None:
+    """Where stages are cut and how microbatches are dealt out decides the bits of every sum."""
+    if run.deterministic and (placement.slots is None or placement.layers is None):
+        raise ValueError("run.deterministic needs placement.slots and placement.layers")
+
+
 def _check_depth(config: ConfigT) -> ConfigT:
     """A config nested deeper than any real one would break the JSON that is signed."""
     level: list[Any] = [config] if isinstance(config, dict) else []
@@ -190,19 +198,21 @@ def _check_depth(config: ConfigT) -> ConfigT:
 
 
 class ModelSource(Section):
-    """Where the model comes from: exactly one of the two."""
+    """Where the model comes from: exactly one of the three."""
 
     config: str | dict[str, Any] | None = None
     """A Hugging Face config: a path to config.json, or the table itself; weights start random."""
     path: str | None = None
     """A Hugging Face folder with config.json and safetensors; training goes on from it."""
+    resume: str | None = None
+    """A folder of `swarmnode checkpoint export`: weights, moments and step go on."""
 
     _is_shallow = field_validator("config")(_check_depth)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.config is None) == (self.path is None):
-            raise ValueError("give exactly one of model.config and model.path")
+        if sum(each is not None for each in (self.config, self.path, self.resume)) != 1:
+            raise ValueError("give exactly one of model.config, model.path and model.resume")
         return self
 
 
@@ -240,9 +250,10 @@ class JobFile(OpenJob):
     def _has_what_its_kind_needs(self) -> Self:
         if self.kind == "train" and self.data is None:
             raise ValueError("a job of kind train needs a [data] section with a path")
-        if self.kind == "serve" and self.model.path is None:
+        if self.kind == "serve" and self.model.path is None and self.model.resume is None:
             raise ValueError("a job of kind serve needs model.path, a folder with weights")
         _check_grid(self.batch, self.placement.slots)
+        _check_pinned(self.run, self.placement)
         return self
 
 
@@ -252,7 +263,9 @@ class ModelContent(Section):
     config: dict[str, Any]
     """The Hugging Face config."""
     weights: BlobRef | None = None
-    """The tensor index of the weights to start from; random weights when absent."""
+    """The tensor index of the state to start from; random weights when absent."""
+    checkpoint: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """The hash of the checkpoint manifest that the job goes on from."""
 
     _is_shallow = field_validator("config")(_check_depth)
 
@@ -272,6 +285,7 @@ class PlacedJob(JobBase):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         _check_grid(self.batch, self.placement.slots)
+        _check_pinned(self.run, self.placement)
         return self
 
 
@@ -282,6 +296,8 @@ class Manifest(PlacedJob):
     data: DataContent | None = None
     tokenizer: BlobRef
     """A JSON object of file name to text: the tokenizer's folder."""
+    start_step: int = Field(default=0, ge=0, le=100_000_000)
+    """Committed steps in the state to start from; training goes on with this one."""
     submitter: PeerId
     submitted_at_s: float = Field(ge=0)
     """Wall clock; also makes two submissions of the same job distinct."""
@@ -326,6 +342,8 @@ def parse_job(raw: dict[str, Any], *, base: Path, source: str) -> JobFile:
         model = model.model_copy(update={"config": absolute(model.config)})
     if model.path is not None:
         model = model.model_copy(update={"path": absolute(model.path)})
+    if model.resume is not None:
+        model = model.model_copy(update={"resume": absolute(model.resume)})
     data = job.data
     if data is not None:
         data = data.model_copy(update={"path": absolute(data.path)})

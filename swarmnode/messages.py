@@ -5,21 +5,16 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
+from swarmnode.domain import BlobRef, JobId, PeerId, Plan, SlotId
+from swarmnode.fields import Count, Fence, Hash, Seconds, Speed, Text
+from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
-Fence = Annotated[Generation, Field(strict=True, ge=0, lt=1 << 62)]
-"""The generation that a message belongs to."""
-Hash = Annotated[str, Field(min_length=8, max_length=64, pattern=r"^[0-9a-f]+$")]
 MAX_LINK_REPORTS = 256
-Text = Annotated[str, Field(max_length=4096)]
+MAX_ENTRY_BYTES = 1 << 19
 SentKind = Literal[
     "activation", "activation_gradient", "gradient", "reduced", "session", "control", "blob"
 ]
 """What bytes on the wire are counted as."""
-Seconds = Annotated[float, Field(ge=0, le=60)]
-Speed = Annotated[float, Field(gt=0, le=1e12)]
-"""Bytes per second."""
 FrameKind = Literal["activation", "activation_gradient", "gradient", "reduced"]
 
 
@@ -54,82 +49,56 @@ class Announce:
     job: JobId
 
 
-class Sampling(NamedTuple):
-    """How the last stage picks a token; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    num_logprobs: int = 0
-
-
-@dataclass(frozen=True)
-class SessionFrame:
-    """One piece of a conversation on its way through the stages.
-
-    The payload is int64 token ids for stage 0 and coded hidden states for later stages.
-    It holds positions [start, stop); a stage whose cache does not end at `start` refuses.
-    """
-
-    job: JobId
-    generation: Fence
-    session: Annotated[str, Field(min_length=1, max_length=64)]
-    target: SlotId
-    start: Count
-    stop: Count
-    shape: Annotated[tuple[Count, ...], Field(max_length=8)]
-    sampling: Sampling
-    max_positions: Count
-    """The longest that this session may become."""
-
-
-@dataclass(frozen=True)
-class SessionToken:
-    """The last stage's answer to a SessionFrame: the token at position `position`."""
-
-    job: JobId
-    generation: Fence
-    session: Annotated[str, Field(min_length=1, max_length=64)]
-    position: Count
-    token: Count
-    logprob: float
-    top: Annotated[tuple[tuple[int, float], ...], Field(max_length=32)] = ()
-
-
-@dataclass(frozen=True)
-class SessionFailed:
-    """A stage cannot go on with a session: its cache is gone or there is no room."""
-
-    job: JobId
-    generation: Fence
-    session: Annotated[str, Field(min_length=1, max_length=64)]
-    reason: Text
-
-
-@dataclass(frozen=True)
-class SessionClose:
-    """The head is done with a session: free its cache, and pass this on to the next stage."""
-
-    job: JobId
-    generation: Fence
-    session: Annotated[str, Field(min_length=1, max_length=64)]
-    target: SlotId
-
-
 # ---- coordinator -> worker ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StateSource:
-    """Where a stage's state at a step comes from.
+    """Where the state of a stage after some committed steps comes from; the log does the rest.
 
-    keep: the worker has it. init: made from the manifest's seed. fetch: a tensor index whose
-    chunks `providers` serve (an index without optimizer moments starts them at zero).
+    keep: what the worker holds, in memory or on its disk. init: the manifest's seed, or its own
+    start. fetch: a tensor index (without optimizer moments they start at zero).
+    Updates that the worker lacks between `step` and the assignment's come from `providers`, as
+    the chunks of the index do.
     """
 
     how: Literal["keep", "init", "fetch"]
+    step: Count = 0
+    """Committed steps that the source holds; with keep, at least so many."""
     index: BlobRef | None = None
-    providers: tuple[PeerId, ...] = ()
+    providers: Annotated[tuple[PeerId, ...], Field(max_length=64)] = ()
+
+
+class Committed(NamedTuple):
+    """What turns the update of a step into a change of the state."""
+
+    step: Count
+    scale: float
+    updates: Annotated[tuple[BlobRef, ...], Field(max_length=256)]
+    """For each stage the index of its update, by content; see swarmnode.updates."""
+
+
+MAX_COMMITTED = 1024
+"""Steps that a worker may lag behind and still catch up from the log."""
+
+
+@dataclass(frozen=True)
+class Inquire:
+    """May I begin `generation` of this job, and what do you hold of it?
+
+    As the first message on a control stream it carries the canonical manifest as its payload,
+    signed by the submitter; the same stream then carries the Assign.
+    """
+
+    job: JobId
+    generation: Fence
+    based_on: Fence
+    """The last generation that the sender knows; who knows a later one does not grant."""
+    num_lines: Count
+    """Lines of the job's journal that the sender has; who has more does not grant."""
+    signature: bytes
+    lease: Annotated[bytes, Field(max_length=1 << 16)] = b""
+    """Why the sender may ask, if it is not the submitter (see swarmnode.lease)."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +112,24 @@ class Assign:
     plan: Plan
     step: Count
     sources: Annotated[tuple[tuple[int, StateSource], ...], Field(max_length=256)]
-    """(stage, source) for each stage of which the receiver hosts a slot."""
+    """(stage, source) for each stage of which the receiver hosts a slot or is a shadow."""
     signature: bytes
+    commits: Annotated[tuple[Committed, ...], Field(max_length=MAX_COMMITTED)] = ()
+    """The last committed steps, without gaps, up to `step` - 1; enough for every source."""
+    lease: Annotated[bytes, Field(max_length=1 << 16)] = b""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Fetch what you will need to take these slots of `plan` later, while the job goes on.
+
+    `plan` has the generation at hand; nothing of it is adopted.
+    """
+
+    job: JobId
+    plan: Plan
+    step: Count
+    sources: Annotated[tuple[tuple[int, StateSource], ...], Field(max_length=256)]
 
 
 @dataclass(frozen=True)
@@ -165,6 +150,18 @@ class Commit:
     generation: Fence
     step: Count
     scale: float
+    snapshot: bool = False
+    """Write the state after this step to the disk, aside; the log before it may go."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Lines of the job's journal, from line `number` on, for those who may have to take over."""
+
+    job: JobId
+    generation: Fence
+    number: Count
+    lines: Annotated[bytes, Field(max_length=MAX_ENTRY_BYTES)]
 
 
 @dataclass(frozen=True)
@@ -195,9 +192,51 @@ class Ping:
 # ---- worker -> coordinator ---------------------------------------------------------------------
 
 
+class Held(NamedTuple):
+    """What a worker holds of one stage, in memory or on its disk."""
+
+    stage: Count
+    start: Count
+    stop: Count
+    """The stage's layers."""
+    step: Count
+    """Committed steps that the state holds."""
+    log_from: Count
+    log_to: Count
+    """Updates of steps [log_from, log_to) are in the log, the last one perhaps not committed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to an Inquire, or to an Assign of a generation that is too low."""
+
+    job: JobId
+    generation: Fence
+    """The one that was asked for."""
+    granted: bool
+    promised: Fence
+    """The highest generation that this worker has promised; nothing lower will be served."""
+    promised_to: PeerId
+    held: Annotated[tuple[Held, ...], Field(max_length=256)]
+    ready: "Annotated[tuple[Ready, ...], Field(max_length=256)]"
+    """What it said of the first step that it does not know to be committed: the updates are in
+    its log."""
+    vote: Annotated[bytes, Field(max_length=64)] = b""
+    """The worker's signature, where another than the coordinator so far asks."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """All slots of this worker are ready to compute step `step`."""
+
+    job: JobId
+    generation: Fence
+    step: Count
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The answer to Prepare: everything is on this worker's disk."""
 
     job: JobId
     generation: Fence
@@ -217,7 +256,8 @@ class Failed:
 class Ready:
     """A slot has counted all its microbatches and holds the whole reduced gradient.
 
-    `digest` is over the reduced gradient's bytes: equal for every slot of a stage.
+    `update` names the reduced gradient as it was broadcast: equal for every slot of a stage. The
+    worker has it in its log by then, also as a shadow, which counts no microbatches.
     `sums_of_squares` has one (group, value) for each reduction group that the slot is in.
     """
 
@@ -226,7 +266,7 @@ class Ready:
     step: Count
     source: SlotId
     microbatches: Annotated[tuple[Count, ...], Field(max_length=4096)]
-    digest: Hash
+    update: BlobRef
     sums_of_squares: Annotated[tuple[tuple[int, float], ...], Field(max_length=8)]
     losses: Annotated[tuple[float, ...], Field(max_length=4096)]
     """Mean loss of each microbatch, in nats per token; empty except at the last stage."""
@@ -291,6 +331,14 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """This worker wants to end soon: give its slots to others at the next step boundary."""
+
+    job: JobId
+    generation: Fence
+
+
+@dataclass(frozen=True)
 class LinkBroken:
     """A stream to another worker of the plan broke."""
 
@@ -300,69 +348,9 @@ class LinkBroken:
     reason: Text
 
 
-# ---- daemon <-> worker child -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Configure:
-    """Make the child ready for a generation; the payload is the canonical manifest.
-
-    `sources` gives (stage, how, path): how is keep, init or load; load reads the file `path`.
-    The token chunks of the manifest's data are in `blob_directory`.
-    """
-
-    job: JobId
-    peer: PeerId
-    plan: Plan
-    step: Count
-    sources: tuple[tuple[int, Literal["keep", "init", "load"], str], ...]
-    blob_directory: str
-    num_threads: int
-    device: str
-
-
-@dataclass(frozen=True)
-class Configured:
-    """The child is ready to compute step `step` of the generation."""
-
-    job: JobId
-    generation: Fence
-    step: Count
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write the state of `stage` after `step` committed steps to the file `path`."""
-
-    job: JobId
-    generation: Fence
-    step: Count
-    stage: Count
-    path: str
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The file is complete and named."""
-
-    job: JobId
-    generation: Fence
-    step: Count
-    stage: Count
-    path: str
-
-
-@dataclass(frozen=True)
-class Busy:
-    """Seconds of computing since the last report of the child."""
-
-    job: JobId
-    compute_s: float
-
-
 Message = (
     Frame | Announce | SessionFrame | SessionToken | SessionFailed | SessionClose
-    | Assign | Begin | Commit | Save | Release | Ping
-    | Placed | Failed | Ready | Evaluated | Applied | Saved | Traffic | LinkBroken
-    | Configure | Configured | Export | Exported | Busy
+    | Inquire | Assign | Prepare | Begin | Commit | Entry | Save | Release | Ping
+    | Answer | Placed | Prepared | Failed | Ready | Evaluated | Applied | Saved | Traffic
+    | Leaving | LinkBroken
 )  # fmt: skip

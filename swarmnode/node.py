@@ -1,5 +1,6 @@
 """One node as its HTTP API sees it: the verbs of `http.api.NodeApi` over the node's services."""
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -12,9 +13,20 @@ from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.service import CoordinatorService, RunningJob
 from swarmnode.domain import Advert, JobId
 from swarmnode.errors import BusyError, DataError, NotFoundError, SwarmError
-from swarmnode.http.api import JobView, ModelView, NodeView, PeerView, Token
-from swarmnode.messages import Sampling
+from swarmnode.http.api import (
+    CheckpointView,
+    JobView,
+    ModelView,
+    NodeView,
+    PeerView,
+    Token,
+    Work,
+)
+from swarmnode.http.work import Counted, checkpoint_view
 from swarmnode.p2p.identity import Identity
+from swarmnode.session_messages import (
+    Sampling,
+)
 from swarmnode.worker.service import WorkerService
 
 ExportModel = Callable[[Mapping[str, Any], Path, Path, Path], Awaitable[None]]
@@ -73,6 +85,8 @@ class Node:
     export_model: ExportModel
     dropped: Counter[str]
     http_address: str = ""
+    finish: Callable[[], None] = lambda: None
+    """Ask the node to give its work to others and end."""
     started_s: float = field(default_factory=time.monotonic)
 
     def node(self) -> NodeView:
@@ -159,6 +173,38 @@ class Node:
         finally:
             weights.unlink(missing_ok=True)
         return step
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def notes(self, job: str) -> tuple[str, ...]:
+        return self.coordinator.find(job).notes
+
+    async def checkpoints(self, job: str) -> tuple[CheckpointView, ...]:
+        running = self.coordinator.find(job)
+        listed = await self.coordinator.checkpoints.listed(running)
+        return tuple(checkpoint_view(each) for each in listed)
+
+    async def verify_checkpoints(self, job: str) -> AsyncIterator[Work]:
+        running, desk = self.coordinator.find(job), self.coordinator.checkpoints
+        counted = Counted(await desk.num_bytes(running))
+        audits = asyncio.ensure_future(desk.audited(running, counted.add))
+        async for work in counted.until(audits):
+            yield work
+        yield Work(counted.total, counted.total, audits=audits.result())
+
+    async def export_checkpoint(
+        self, job: str, directory: Path, step: int | None
+    ) -> AsyncIterator[Work]:
+        running, desk = self.coordinator.find(job), self.coordinator.checkpoints
+        if not directory.is_absolute() or "\0" in str(directory):
+            raise DataError(f"{str(directory)!r:.80} is no absolute path to export to")
+        checkpoint = await desk.find(running, step)
+        counted = Counted(checkpoint.manifest.num_bytes)
+        task = asyncio.ensure_future(desk.exported(running, checkpoint, directory, counted.add))
+        async for work in counted.until(task):
+            yield work
+        task.result()
+        yield Work(counted.total, counted.total, step=checkpoint.manifest.step)
 
     # ---- serving ---------------------------------------------------------------------------
 

@@ -12,8 +12,11 @@ from typing import Any
 import msgpack
 from pydantic import TypeAdapter, ValidationError
 
+from swarmnode.engine_messages import EngineMessage
 from swarmnode.errors import ProtocolError
-from swarmnode.messages import Message
+from swarmnode.messages import (
+    Message,
+)
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_CONTROL_BYTES = 4 << 20
@@ -29,12 +32,14 @@ TENSOR_PROTOCOL = "/swarmnode/tensor/1"
 BLOB_PROTOCOL = "/swarmnode/blob/1"
 PROBE_PROTOCOL = "/swarmnode/probe/1"
 
-_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in Message.__args__}
+_TYPES: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (*Message.__args__, *EngineMessage.__args__)
+}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in _TYPES.items()}
 _FIELDS = {name: frozenset(f.name for f in fields(kind)) for name, kind in _TYPES.items()}
 
 
-def pack(message: Message) -> bytes:
+def pack(message: Message | EngineMessage) -> bytes:
     """The header of `message` with its length in front; the payload follows it on the wire."""
     name = type(message).__name__
     body = _ADAPTERS[name].dump_python(message, mode="python", warnings=False)
@@ -46,10 +51,21 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[Message, memoryview]:
-    """Read one message: its header, checked, and a view of its payload.
+    """Read one message of a peer: its header, checked, and a view of its payload.
 
-    Raises: ProtocolError for anything that `pack` cannot have written.
+    Raises: ProtocolError for anything that `pack` cannot have written, and for messages that
+    only a worker child and its daemon exchange.
     """
+    message, payload = unpack_local(data)
+    if isinstance(message, EngineMessage):
+        raise ProtocolError(f"{type(message).__name__} does not come from a peer")
+    return message, payload
+
+
+def unpack_local(
+    data: bytes | bytearray | memoryview,
+) -> tuple[Message | EngineMessage, memoryview]:
+    """The same for the pipe between a daemon and its worker child. Raises: ProtocolError."""
     view = memoryview(data)
     if len(view) < 4:
         raise ProtocolError("message without a header")
@@ -66,7 +82,7 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[Message, memoryview]:
     if not _FIELDS[name].issuperset(body):
         raise ProtocolError(f"{name}: unknown field")
     try:
-        message: Message = _ADAPTERS[name].validate_python(body)
+        message: Message | EngineMessage = _ADAPTERS[name].validate_python(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -109,8 +109,11 @@ def test_any_other_content_has_another_id(change: dict[str, Any]) -> None:
         (merged("optimizer", learning_rate=float("nan")), "optimizer.learning_rate"),
         (merged("optimizer", epsilon=float("inf")), "optimizer.epsilon"),
         (merged("codecs", gradient="zip"), "codecs.gradient"),
-        (merged("model", path="weights"), "exactly one of model.config and model.path"),
-        ({**TRAIN, "model": {}}, "exactly one of model.config and model.path"),
+        (
+            merged("model", path="weights"),
+            "exactly one of model.config, model.path and",
+        ),
+        ({**TRAIN, "model": {}}, "exactly one of model.config, model.path and"),
         ({"name": "job", "model": {"config": "c"}}, "needs a [data] section"),
         ({**TRAIN, "kind": "serve"}, "needs model.path"),
         ({**TRAIN, "kind": "tune"}, "kind"),
@@ -257,3 +260,19 @@ def test_a_config_nested_too_deeply_is_refused() -> None:
     except ManifestError:
         return
     assert len(arrived.job) == 16
+
+
+# ---- the same bits again -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", [{}, {"stages": 2, "slots": 2}, {"layers": (2, 2)}])
+def test_a_deterministic_job_says_where_it_is_cut(
+    tmp_path: Path, placement: dict[str, Any]
+) -> None:
+    raw = {**TRAIN, "run": {"deterministic": True}, "placement": placement}
+    with pytest.raises(ManifestError, match=r"needs placement\.slots and placement\.layers"):
+        parse_job(raw, base=tmp_path, source="job")
+    raw["placement"] = {"slots": 2, "layers": (2, 2)}
+    assert parse_job(raw, base=tmp_path, source="job").run.deterministic
+    raw = {**raw, "placement": placement, "run": {"deterministic": False}}
+    assert not parse_job(raw, base=tmp_path, source="job").run.deterministic

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from swarmnode.domain import Generation, JobId
 from swarmnode.errors import ProtocolError
-from swarmnode.messages import Begin, Failed, Message, Ping
+from swarmnode.messages import (
+    Begin,
+    Failed,
+    Message,
+    Ping,
+)
 from swarmnode.wire import MAX_HEADER_BYTES, pack, unpack
 
 JOB = JobId("0123456789abcdef")
@@ -61,6 +66,8 @@ def bounded(kind: Any, rules: list[Any]) -> st.SearchStrategy[Any]:
         least = bound("ge", 0) or bound("gt", 0) or 1e-3
         return st.floats(least, bound("le", 1))
     most = min(bound("max_length", 3), 3)
+    if kind is bytes:
+        return st.binary(max_size=most)
     if kind is str:
         return st.text(min_size=bound("min_length", 0), max_size=most)
     args = get_args(kind)

@@ -1,6 +1,7 @@
 """The verbs of a running node, over its HTTP API on this machine."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +9,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
+import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from swarmnode.config import HTTP_FILE, TOKEN_FILE
 from swarmnode.errors import CapacityError, NotFoundError, SwarmError, UserError
-from swarmnode.http.api import JobView, NodeView, PeerView
+from swarmnode.http.api import CheckpointView, JobView, NodeView, PeerView, Work
 from swarmnode.http.failures import raise_failure
 
 ANSWER_S = 30.0
@@ -27,6 +29,8 @@ _NODE: TypeAdapter[NodeView] = TypeAdapter(NodeView)
 _PEERS: TypeAdapter[tuple[PeerView, ...]] = TypeAdapter(tuple[PeerView, ...])
 _JOB: TypeAdapter[JobView] = TypeAdapter(JobView)
 _JOBS: TypeAdapter[tuple[JobView, ...]] = TypeAdapter(tuple[JobView, ...])
+_CHECKPOINTS: TypeAdapter[tuple[CheckpointView, ...]] = TypeAdapter(tuple[CheckpointView, ...])
+_WORK: TypeAdapter[Work] = TypeAdapter(Work)
 
 
 class NodeClient:
@@ -80,6 +84,18 @@ class NodeClient:
     def node(self) -> NodeView:
         return _view(_NODE, self._ask("GET", "/api/node"))
 
+    def finish(self) -> NodeView:
+        """Ask the node to give its work to others and end; it is still there when this returns."""
+        return _view(_NODE, self._ask("POST", "/api/node/finish"))
+
+    def wait_gone(self, view: NodeView) -> None:
+        """Wait until the node's process has ended. Raises: SwarmError if that takes an hour."""
+        limit_s = time.monotonic() + WORK_S
+        while psutil.pid_exists(view.pids["daemon"]):
+            if time.monotonic() > limit_s:
+                raise SwarmError("the node does not end; see its log")
+            time.sleep(0.1)
+
     def peers(self) -> tuple[PeerView, ...]:
         return _view(_PEERS, self._ask("GET", "/api/peers"))
 
@@ -113,8 +129,13 @@ class NodeClient:
 
     def submit(self, raw: dict[str, Any], base: Path) -> str:
         """Start a job; its id. `base` is what relative paths in `raw` are relative to."""
+        return self.submit_with_notes(raw, base)[0]
+
+    def submit_with_notes(self, raw: dict[str, Any], base: Path) -> tuple[str, tuple[str, ...]]:
+        """As `submit`; also what its submitter should know, a line each."""
         body = {"job": raw, "base": str(base.absolute())}
-        return str(self._ask("POST", "/api/jobs", body, limit_s=WORK_S)["job"])
+        answer = self._ask("POST", "/api/jobs", body, limit_s=WORK_S)
+        return str(answer["job"]), tuple(map(str, answer["notes"]))
 
     def stop(self, job: str) -> JobView:
         return _view(_JOB, self._ask("POST", f"/api/jobs/{_segment(job)}/stop"))
@@ -124,6 +145,26 @@ class NodeClient:
         body = {"directory": str(directory.absolute())}
         answer = self._ask("POST", f"/api/jobs/{_segment(job)}/export", body, limit_s=WORK_S)
         return int(answer["step"])
+
+    def checkpoints(self, job: str) -> tuple[CheckpointView, ...]:
+        """The checkpoints that a job keeps, the oldest first."""
+        path = f"/api/jobs/{_segment(job)}/checkpoints"
+        return _view(_CHECKPOINTS, self._ask("GET", path, limit_s=WORK_S))
+
+    def verify_checkpoints(self, job: str) -> Iterator[Work]:
+        """Check every byte of them; the last one says what was found."""
+        return self._work(f"/api/jobs/{_segment(job)}/checkpoints/verify")
+
+    def export_checkpoint(self, job: str, directory: Path, step: int | None) -> Iterator[Work]:
+        """Write a folder to resume from; the last one says the committed steps it holds."""
+        body = {"directory": str(directory.absolute()), "step": step}
+        return self._work(f"/api/jobs/{_segment(job)}/checkpoints/export", body)
+
+    def _work(self, path: str, body: Any = None) -> Iterator[Work]:
+        with self._stream("POST", path, body) as answer:
+            for event in _events(answer):
+                if event is not None:
+                    yield _view(_WORK, event)
 
     def generate(
         self, model: str, prompt: str, *, max_tokens: int, temperature: float, seed: int | None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -18,17 +19,18 @@ from rich.text import Text
 
 from swarmnode.cli.client import NodeClient
 from swarmnode.cli.demo_data import write_stdlib_sources
+from swarmnode.cli.demo_kills import Killing, draw_kills, single_kill
+from swarmnode.cli.demo_watch import JobWatch, Kill, Trial
 from swarmnode.cli.display import Display
 from swarmnode.cli.local_swarm import LocalSwarm
-from swarmnode.cli.show import amount, figure, printable, short
+from swarmnode.cli.show import amount, figure, printable
+from swarmnode.cli.weights_hash import weights_sha256
 from swarmnode.errors import BusyError, DataError, SwarmError, UserError
 from swarmnode.http.api import JobView
 from swarmnode.presets import byte_llama_config
 
 DEFAULT_STEPS = 360
 NUM_NODES = 4
-STALL_S = 120.0
-"""A job that does not move for so long has failed."""
 DATA_BYTES = 3 << 20
 PROMPTS = ("def ", "import ", "class ")
 SAMPLE_TOKENS = 160
@@ -42,7 +44,10 @@ class Wanted:
     steps: int
     seed: int
     keep: Path | None
-    kill: bool
+    num_kills: int
+    kill_seed: int | None
+    """None: a single kill hits a worker at a third of the run, and it stays dead."""
+    deterministic: bool
     prometheus_targets: Path | None
     stay: bool = False
 
@@ -64,8 +69,14 @@ class Summary:
     bytes_gradient: int
     """Parameter gradients, shares and sums, as sent."""
     killed_peer: str | None
+    """The first victim."""
     recovery_s: float | None
-    """From the kill to the next step that the swarm committed in its new placement."""
+    """From that kill to the next step that the swarm committed in its new placement."""
+    kills: tuple[Kill, ...]
+    recovery_p50_s: float | None
+    recovery_max_s: float | None
+    weights_sha256: str
+    """Over all weights of the export, see `weights_hash`."""
     generations: int
     export_dir: str | None
     """None unless the folder is kept."""
@@ -106,9 +117,6 @@ class _Demo:
         self._swarm = swarm
         self._display = display
         self._started_s = time.monotonic()
-        self._training_s = 0.0
-        self._killed: str | None = None
-        self._recovery_s: float | None = None
 
     def run(self) -> Summary:
         display, client_of = self._display, self._swarm.node
@@ -118,18 +126,30 @@ class _Demo:
         client = client_of(0).client
         display.note(f"all {NUM_NODES} see each other; the first one takes the job")
         job = client.submit(job_description(data, self._wanted), self._root)
-        view = self._train(job)
+        watch = JobWatch(self._swarm, job)
+        trial = Trial(self._swarm, watch, self._killing(), display)
+        view = trial.run()
         export = self._root / "export"
         display.note("exporting the weights as a Hugging Face folder")
+        client = watch.client
         client.export(job, export)
+        (self._root / "losses.json").write_text(json.dumps(client.losses(job)))
         display.note(f"the swarm serves at {client.address}/v1; three samples")
-        samples = tuple(self._sample(job, number) for number in range(len(PROMPTS)))
+        samples = tuple(self._sample(client, job, number) for number in range(len(PROMPTS)))
         if self._wanted.stay:
             self._stay(client)
         client.stop(job)
         display.note("stopping everything")
         self._swarm.stop()
-        return self._summary(view, f"{client.address}/v1", samples, export)
+        return self._summary(view, trial, f"{client.address}/v1", samples, export)
+
+    def _killing(self) -> Killing:
+        wanted = self._wanted
+        if wanted.num_kills == 1 and wanted.kill_seed is None:
+            plan = single_kill(NUM_NODES)
+        else:
+            plan = draw_kills(wanted.num_kills, wanted.kill_seed or 0, NUM_NODES)
+        return Killing(plan, NUM_NODES, wanted.steps)
 
     def _stay(self, client: NodeClient) -> None:
         """Keep serving until Ctrl-C."""
@@ -151,55 +171,40 @@ class _Demo:
         self._display.note(f"data: {num_files} source files of Python's standard library")
         return folder
 
-    def _train(self, job: str) -> JobView:
-        """Follow the job until it serves, and kill a worker on the way."""
-        moved, moved_at_s = (0, ""), time.monotonic()
-        began_s: float | None = None
-        killing = _Killing(self._swarm, self._display) if self._wanted.kill else None
-        for view in self._swarm.node(0).client.watch(job):
-            now_s = time.monotonic()
-            self._display.show(view)
-            self._swarm.check()
-            if began_s is None and view.phase == "training":
-                began_s = now_s
-            if view.step < view.num_steps or not self._training_s:
-                self._training_s = now_s - (began_s or now_s)
-            if killing is not None and view.step >= self._wanted.steps // 3:
-                killing.look(view)
-            if (view.step, view.phase) != moved:
-                moved, moved_at_s = (view.step, view.phase), now_s
-            elif now_s - moved_at_s > STALL_S:
-                raise SwarmError(f"the job does not move: {view.phase} at step {view.step}")
-        if view.phase != "serving":
-            raise SwarmError(f"the job is {view.phase}: {view.reason or 'it gave no reason'}")
-        if killing is not None:
-            self._killed, self._recovery_s = killing.outcome()
-        return view
-
-    def _sample(self, job: str, number: int) -> str:
+    def _sample(self, client: NodeClient, job: str, number: int) -> str:
         prompt = PROMPTS[number]
-        pieces = self._swarm.node(0).client.generate(
+        pieces = client.generate(
             job, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=self._wanted.seed + number
         )
         return printable(prompt + "".join(pieces))
 
     def _summary(
-        self, view: JobView, endpoint: str, samples: tuple[str, ...], export: Path
+        self,
+        view: JobView,
+        trial: Trial,
+        endpoint: str,
+        samples: tuple[str, ...],
+        export: Path,
     ) -> Summary:
         if view.first_loss is None or view.loss is None or view.val_loss is None:
             raise SwarmError("the job serves but has no losses")
-        sent = view.bytes_by_kind
+        sent, kills = view.bytes_by_kind, tuple(trial.kills)
+        recoveries_s = [kill.recovery_s for kill in kills if kill.recovery_s is not None]
         return Summary(
             steps=view.step,
             first_loss=view.first_loss,
             final_loss=view.loss,
             val_loss=view.val_loss,
             seconds=round(time.monotonic() - self._started_s, 3),
-            tokens_per_s=round(view.tokens_total / max(self._training_s, 1e-9), 1),
+            tokens_per_s=round(view.tokens_total / max(trial.training_s, 1e-9), 1),
             bytes_activation=sent.get("activation", 0) + sent.get("activation_gradient", 0),
             bytes_gradient=sent.get("gradient", 0) + sent.get("reduced", 0),
-            killed_peer=self._killed,
-            recovery_s=None if self._recovery_s is None else round(self._recovery_s, 3),
+            killed_peer=kills[0].victim if kills else None,
+            recovery_s=kills[0].recovery_s if kills else None,
+            kills=kills,
+            recovery_p50_s=round(median(recoveries_s), 3) if recoveries_s else None,
+            recovery_max_s=max(recoveries_s, default=None),
+            weights_sha256=weights_sha256(export),
             generations=view.generation,
             export_dir=str(export) if self._wanted.keep is not None else None,
             endpoint=endpoint,
@@ -207,64 +212,23 @@ class _Demo:
         )
 
 
-class _Killing:
-    """Kills one worker, once, and measures how long the swarm takes to go on."""
-
-    def __init__(self, swarm: LocalSwarm, display: Display) -> None:
-        self._swarm = swarm
-        self._display = display
-        self._peer: str | None = None
-        self._at_s = 0.0
-        self._generation = 0
-        self._step: int | None = None
-        """Committed steps when the new placement was first seen."""
-        self._recovery_s: float | None = None
-
-    def look(self, view: JobView) -> None:
-        """See the job as it is now, and act."""
-        now_s = time.monotonic()
-        if self._peer is None:
-            if view.phase == "training" and view.placement:
-                self._kill(view)
-        elif self._step is None:
-            if view.generation > self._generation:
-                self._step = view.step
-        elif self._recovery_s is None and view.step > self._step:
-            self._recovery_s = now_s - self._at_s
-            self._display.note(
-                f"step {view.step} is committed without it, {self._recovery_s:.1f} s after the kill"
-            )
-
-    def outcome(self) -> tuple[str, float]:
-        """Who was killed, and seconds until the swarm went on. Raises: SwarmError if it did not."""
-        if self._peer is None:
-            raise SwarmError("no worker was there to be killed")
-        if self._recovery_s is None:
-            raise SwarmError("no step was committed in a new placement after the kill")
-        return self._peer, self._recovery_s
-
-    def _kill(self, view: JobView) -> None:
-        head = self._swarm.node(0).client.node().peer
-        others = [peer for row in reversed(view.placement) for peer in row if peer != head]
-        if not others:
-            raise SwarmError("the first node hosts everything, so none can be lost")
-        self._peer, self._generation = others[0], view.generation
-        index = self._swarm.index_of(self._peer)
-        self._at_s = time.monotonic()
-        self._swarm.kill(index)
-        self._display.note(f"killed node {index} ({short(self._peer)}) at step {view.step}")
-
-
 def job_description(data: Path, wanted: Wanted) -> dict[str, Any]:
     """The demo's job, as a job file would say it."""
+    config = byte_llama_config()
+    placement: dict[str, Any] = {"stages": 2, "slots": 2}
+    run: dict[str, Any] = {"steps": wanted.steps, "seed": wanted.seed, "checkpoint_every": 50}
+    if wanted.deterministic:
+        half = config["num_hidden_layers"] // 2
+        placement["layers"] = [half, config["num_hidden_layers"] - half]
+        run["deterministic"] = True
     return {
         "name": "demo",
-        "model": {"config": byte_llama_config()},
+        "model": {"config": config},
         "data": {"path": str(data), "max_bytes": DATA_BYTES},
         "batch": {"rows": 4, "sequence_length": 128, "num_microbatches": 4},
         "codecs": {"activation": "int8", "activation_gradient": "int8"},
-        "placement": {"stages": 2, "slots": 2},
-        "run": {"steps": wanted.steps, "seed": wanted.seed, "checkpoint_every": 50},
+        "placement": placement,
+        "run": run,
     }
 
 
@@ -321,11 +285,17 @@ def _print_summary(console: Console, summary: Summary) -> None:
         f"sent for activations {amount(summary.bytes_activation, 'B')}",
         f"sent for parameter gradients {amount(summary.bytes_gradient, 'B')}",
     ]
-    if summary.killed_peer is not None and summary.recovery_s is not None:
+    facts += [
+        f"killed {kill.what} {kill.victim}; the swarm went on after {kill.recovery_s:.1f} s"
+        for kill in summary.kills
+        if kill.recovery_s is not None
+    ]
+    if summary.recovery_p50_s is not None and summary.recovery_max_s is not None:
         facts.append(
-            f"killed {summary.killed_peer}; the swarm went on after {summary.recovery_s:.1f} s "
-            f"(generation {summary.generations})"
+            f"recovery {summary.recovery_p50_s:.1f} s (p50), {summary.recovery_max_s:.1f} s (max); "
+            f"generation {summary.generations}"
         )
+    facts.append(f"weights {summary.weights_sha256}")
     if summary.export_dir is not None:
         facts.append(f"export: {summary.export_dir}")
     for number, sample in enumerate(summary.samples, start=1):

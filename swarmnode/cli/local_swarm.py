@@ -37,6 +37,8 @@ class LocalNode:
         self._args = tuple(args)
         self._process: subprocess.Popen[bytes] | None = None
         self._client: NodeClient | None = None
+        self.variables: dict[str, str] = {}
+        """In the environment of lives to come, beside ours: where a test arms a failpoint."""
         self.was_killed = False
         self.has_failed = False
         """Whether it ended although nobody asked."""
@@ -62,7 +64,7 @@ class LocalNode:
         with (self.home / OUTPUT_FILE).open("ab") as output:
             self._process = subprocess.Popen(
                 leashed([*argv, *self._args, *args]),
-                env={**kept, _MARK: self.mark},
+                env={**kept, **self.variables, _MARK: self.mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -112,6 +114,15 @@ class LocalNode:
                     process.kill()
             time.sleep(_LOOK_S)
         self.forget()
+
+    def kill_child(self, module: str) -> bool:
+        """SIGKILL the child process that runs `module`; False if there is none."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if module in process.cmdline():
+                    process.kill()
+                    return True
+        return False
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the daemon."""

@@ -4,13 +4,13 @@ Exit status: 0 done, 1 failed, 2 the user can mend it, 130 interrupted.
 """
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from swarmnode import __version__
+from swarmnode.cli.offline import AsJson, plan, simulate
 from swarmnode.config import NodeConfig, default_home, load_config
 from swarmnode.errors import SwarmError, UserError
 
@@ -32,20 +32,20 @@ def _field(name: str, *flags: str) -> Any:
     return typer.Option(*flags, help=NodeConfig.model_fields[name].description)
 
 
-class PlanObjective(StrEnum):
-    """What a plan makes small."""
-
-    DTFM = "dtfm"
-    TRAINING = "training"
-    SERVING = "serving"
-
-
 Home = Annotated[
     Path | None,
     typer.Option("--home", help="The node's folder; SWARMNODE_HOME or the user's data folder."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Job = Annotated[str, typer.Argument(help="Id of a job, the beginning of it, or a name.")]
+
+checkpoint_app = typer.Typer(
+    help="List, check and export checkpoints.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(checkpoint_app, name="checkpoint")
+Place = Annotated[
+    str,
+    typer.Argument(metavar="JOB|DIR", help="A job of this node; or a folder, without a node."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -142,6 +142,36 @@ def export(
         verbs.export(client, job, directory, as_json)
 
 
+@checkpoint_app.command("list")
+def checkpoint_list(place: Place, home: Home = None, as_json: AsJson = False) -> None:
+    """List the checkpoints that are kept, with the hash over their weights."""
+    from swarmnode.cli import checkpoint_verbs
+
+    checkpoint_verbs.list_checkpoints(lambda: _client(home), place, as_json)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(place: Place, home: Home = None, as_json: AsJson = False) -> None:
+    """Check signatures, and every byte against its hash; one line for each damage."""
+    from swarmnode.cli import checkpoint_verbs
+
+    raise typer.Exit(checkpoint_verbs.verify(lambda: _client(home), place, as_json))
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    place: Place,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    step: Annotated[int | None, typer.Option(min=0, help="The newest unless given.")] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write weights, optimizer state and tokenizer as a folder to resume from."""
+    from swarmnode.cli import checkpoint_verbs
+
+    checkpoint_verbs.export(lambda: _client(home), place, directory, step, as_json)
+
+
 @app.command()
 def generate(
     job: Job,
@@ -178,6 +208,15 @@ def status(home: Home = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def finish(home: Home = None, as_json: AsJson = False) -> None:
+    """Give this node's work to others, then end it."""
+    from swarmnode.cli import verbs
+
+    with _client(home) as client:
+        verbs.finish(client, as_json)
+
+
+@app.command()
 def peers(home: Home = None, as_json: AsJson = False) -> None:
     """List the peers that this node knows."""
     from swarmnode.cli import verbs
@@ -195,7 +234,16 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=3, help="Optimizer steps.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, samples and texts.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Keep homes and export in this folder.")] = None,
-    kill: Annotated[bool, typer.Option("--kill/--no-kill", help="Kill a worker.")] = True,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same seed, same weights, bit for bit.")
+    ] = False,
+    kill: Annotated[
+        int, typer.Option(metavar="N", min=0, max=100, help="SIGKILLs on the way; 1: a worker.")
+    ] = 1,
+    kill_seed: Annotated[
+        int | None, typer.Option(min=0, help="Draws victims and moments; 0 if N > 1.")
+    ] = None,
+    no_kill: Annotated[bool, typer.Option("--no-kill", help="The same as --kill 0.")] = False,
     prometheus_targets: Annotated[
         Path | None, typer.Option(help="Folder for Prometheus's target files.")
     ] = None,
@@ -207,109 +255,22 @@ def demo(
     """Train, lose a node, go on, export and serve: a whole swarm on this machine."""
     from swarmnode.cli.demo import DEFAULT_STEPS, Wanted, run_demo
 
-    wanted = Wanted(data, steps or DEFAULT_STEPS, seed, keep, kill, prometheus_targets, stay)
+    wanted = Wanted(
+        data=data,
+        steps=steps or DEFAULT_STEPS,
+        seed=seed,
+        keep=keep,
+        num_kills=0 if no_kill else kill,
+        kill_seed=kill_seed,
+        deterministic=deterministic,
+        prometheus_targets=prometheus_targets,
+        stay=stay,
+    )
     raise typer.Exit(run_demo(wanted, as_json))
 
 
-@app.command()
-def plan(
-    network: Annotated[
-        Path,
-        typer.Option(metavar="FILE.json", help="Links among the nodes; see docs/placement.md."),
-    ],
-    objective: Annotated[PlanObjective, typer.Option(help="What to make small.")],
-    stages: Annotated[int | None, typer.Option(min=1, max=4096, help="Pipeline stages, S.")] = None,
-    slots: Annotated[int | None, typer.Option(min=1, max=4096, help="Pipelines, V.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A config.json, its folder, or a preset such as llama-7b.")
-    ] = None,
-    nodes: Annotated[Path | None, typer.Option(help="JSON: what each machine can do.")] = None,
-    job: Annotated[
-        Path | None, typer.Option(metavar="JOB.toml", help="Model, batch, codecs and grid.")
-    ] = None,
-    previous: Annotated[
-        Path | None, typer.Option(metavar="PLAN.json", help="An earlier --json answer to repair.")
-    ] = None,
-    gone: Annotated[str, typer.Option(metavar="3,7", help="Indices of dead nodes.")] = "",
-    horizon: Annotated[
-        float, typer.Option(metavar="STEPS", help="Steps to the next change: what a move may cost.")
-    ] = 100.0,
-    most_moved: Annotated[
-        int | None, typer.Option(min=0, help="dtfm: most survivors that a repair may move.")
-    ] = None,
-    pin: Annotated[
-        list[str] | None, typer.Option(metavar="NODE=STAGE", help="This stage or none; repeatable.")
-    ] = None,
-    max_hops: Annotated[
-        int | None, typer.Option(min=1, help="Serving: most nodes in a chain.")
-    ] = None,
-    max_latency: Annotated[
-        float | None, typer.Option(metavar="S", help="Serving: most seconds for a token.")
-    ] = None,
-    latency_weight: Annotated[
-        float, typer.Option(min=0, help="Serving: seconds per token that 1 s of latency is worth.")
-    ] = 0.0,
-    partial: Annotated[
-        bool, typer.Option("--partial/--whole", help="Serving: enter ranges in their middle.")
-    ] = False,
-    context: Annotated[
-        int | None, typer.Option(min=1, max=1 << 24, help="Serving: tokens per sequence.")
-    ] = None,
-    rows: Annotated[int | None, typer.Option(help="Training: rows of a microbatch.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Training: tokens in a row.")] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Training: in a step.")] = None,
-    gradient_bytes: Annotated[
-        float | None, typer.Option(help="dtfm: of a stage; DT-FM's 0.65e9 unless given.")
-    ] = None,
-    activation_bytes: Annotated[
-        float | None, typer.Option(help="dtfm: of a pipeline; DT-FM's 0.4712e9 unless given.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Same seed, same plan.")] = 0,
-    moves: Annotated[
-        int | None, typer.Option(min=1, max=1 << 40, help="Arrangements to try.")
-    ] = None,
-    seconds: Annotated[
-        float | None, typer.Option(metavar="T", help="Most processor seconds to search.")
-    ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why, in words.")] = False,
-    draw: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Draw the plan into this file.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Find the best arrangement of a swarm, and say how good it is; needs no running node."""
-    from swarmnode.cli.plan import PlanOptions, run_plan
-
-    options = PlanOptions(
-        network=network,
-        objective=objective.value,
-        stages=stages,
-        slots=slots,
-        model=model,
-        nodes=nodes,
-        job=job,
-        previous=previous,
-        gone=gone,
-        horizon=horizon,
-        most_moved=most_moved,
-        pins=tuple(pin or ()),
-        max_hops=max_hops,
-        max_latency_s=max_latency,
-        latency_weight=latency_weight,
-        partial=partial,
-        context=context,
-        rows=rows,
-        sequence=sequence,
-        microbatches=microbatches,
-        gradient_bytes=gradient_bytes,
-        activation_bytes=activation_bytes,
-        seed=seed,
-        moves=moves,
-        seconds=seconds,
-        explain=explain,
-        draw=draw,
-    )
-    raise typer.Exit(run_plan(options, as_json))
+app.command()(plan)
+app.command()(simulate)
 
 
 def _client(home: Path | None) -> "NodeClient":

@@ -1,13 +1,14 @@
 """How nodes, peers and jobs look in a terminal. Pure: views in, renderables or text out."""
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from swarmnode.http.api import JobView, NodeView, PeerView
+from swarmnode.http.api import CheckpointView, JobView, NodeView, PeerView
 
 SHORT_ID = 6
 """Peer ids begin alike, so the last characters name them for people."""
@@ -100,6 +101,21 @@ def jobs_table(views: Iterable[JobView]) -> RenderableType:
             figure(view.val_loss),
             str(view.generation),
             view.reason,
+        )
+    return table
+
+
+def checkpoints_table(views: Iterable[CheckpointView]) -> RenderableType:
+    table = _table("step", "made", "generation", "loss", "size", "weights sha256")
+    for view in views:
+        made = datetime.fromtimestamp(view.created_at_s, UTC)
+        table.add_row(
+            str(view.step),
+            f"{made:%Y-%m-%d %H:%M:%S} UTC",
+            str(view.generation),
+            figure(view.loss),
+            amount(view.num_bytes, "B"),
+            view.weights_sha256,
         )
     return table
 

@@ -22,8 +22,14 @@ def submit(client: NodeClient, job_file: Path, as_json: bool) -> None:
     load_job_file(job_file)
     raw = tomllib.loads(job_file.read_text(encoding="utf-8"))
     with Console(stderr=True).status("reading and tokenizing the data ..."):
-        job = client.submit(raw, job_file.resolve().parent)
-    _answer({"job": job}, as_json, f"job {job} is submitted; follow it with `swarmnode watch`")
+        job, notes = client.submit_with_notes(raw, job_file.resolve().parent)
+    for note in notes:
+        print(f"swarmnode: note: {show.printable(note)}", file=sys.stderr)
+    _answer(
+        {"job": job, "notes": notes},
+        as_json,
+        f"job {job} is submitted; follow it with `swarmnode watch`",
+    )
 
 
 def jobs(client: NodeClient, as_json: bool) -> None:
@@ -92,6 +98,15 @@ def stop(client: NodeClient, job: str, as_json: bool) -> None:
 def status(client: NodeClient, as_json: bool) -> None:
     view = client.node()
     _json(asdict(view)) if as_json else _print(show.node_table(view, client.page))
+
+
+def finish(client: NodeClient, as_json: bool) -> None:
+    """Wait until the node has given its work to others and is gone."""
+    view = client.finish()
+    with Console(stderr=True).status("giving the work to others ..."):
+        client.wait_gone(view)
+    answer: dict[str, object] = {"peer": view.peer, "hosted": list(view.hosted)}
+    _answer(answer, as_json, f"the node has ended; {len(view.hosted)} slots went to others")
 
 
 def peers(client: NodeClient, as_json: bool) -> None:

@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
-from swarmnode.domain import Advert, BlobRef, Generation, PeerId
-from swarmnode.messages import LinkReport, Message
+from swarmnode.domain import Advert, BlobRef, Generation, ModelFacts, PeerId, Plan
+from swarmnode.messages import (
+    Committed,
+    LinkReport,
+    Message,
+)
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,54 @@ class Improve:
 
 
 @dataclass(frozen=True)
+class SubmittedRecord:
+    """The first line of every journal: what whoever takes over cannot find out without torch."""
+
+    facts: ModelFacts
+
+
+@dataclass(frozen=True)
+class HistoryRecord:
+    """In place of the `num_lines` lines before the next one: what they came to."""
+
+    num_lines: int
+    first_step: int
+    losses: tuple[float, ...]
+    """Of each committed step, from `first_step` on."""
+    validation: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class StartedRecord:
-    """A generation begins at `step` committed steps."""
+    """A generation begins at `step` committed steps; the rest is its plan."""
 
     generation: Generation
     step: int
+    coordinator: PeerId
+    layers: tuple[tuple[int, int], ...]
+    slots: tuple[tuple[PeerId, ...], ...]
+    shadows: tuple[tuple[PeerId, ...], ...]
+    voters: tuple[PeerId, ...]
+    addresses: dict[PeerId, tuple[str, ...]]
+
+    @staticmethod
+    def of(plan: Plan, step: int) -> "StartedRecord":
+        return StartedRecord(
+            plan.generation, step, plan.coordinator,
+            plan.layers, plan.slots, plan.shadows, plan.voters, dict(plan.addresses),
+        )  # fmt: skip
+
+    def plan(self) -> Plan:
+        """The plan, without what only its own time knew: reasons and predictions."""
+        return Plan(
+            generation=self.generation,
+            layers=self.layers,
+            slots=self.slots,
+            coordinator=self.coordinator,
+            shadows=self.shadows,
+            voters=self.voters,
+            addresses=self.addresses,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,8 +170,13 @@ class CommitRecord:
     step: int
     scale: float
     loss: float
-    digests: tuple[str, ...]
-    """One for each stage, over its reduced gradient."""
+    updates: tuple[BlobRef, ...]
+    """For each stage, the index of its reduced gradient as it was broadcast."""
+
+    @property
+    def committed(self) -> Committed:
+        """What a worker needs of it."""
+        return Committed(self.step, self.scale, self.updates)
 
 
 @dataclass(frozen=True)
@@ -152,7 +204,15 @@ class EndRecord:
     reason: str
 
 
-Record = StartedRecord | CommitRecord | CheckpointRecord | EvaluationRecord | EndRecord
+Record = (
+    SubmittedRecord
+    | HistoryRecord
+    | StartedRecord
+    | CommitRecord
+    | CheckpointRecord
+    | EvaluationRecord
+    | EndRecord
+)
 
 
 @dataclass(frozen=True)

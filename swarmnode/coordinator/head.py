@@ -12,8 +12,14 @@ from collections.abc import AsyncGenerator, Callable
 
 from swarmnode.domain import JobId, Plan, SlotId
 from swarmnode.errors import CapacityError, PeerLostError
-from swarmnode.messages import Sampling, SessionClose, SessionFailed, SessionFrame, SessionToken
 from swarmnode.p2p.switch import Switch, TensorMessage
+from swarmnode.session_messages import (
+    Sampling,
+    SessionClose,
+    SessionFailed,
+    SessionFrame,
+    SessionToken,
+)
 
 TOKEN_TIMEOUT_S = 30.0
 """A token that takes longer than this is asked for again, from the start."""

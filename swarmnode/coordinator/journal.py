@@ -2,6 +2,8 @@
 
 A line is `crc32 (8 hex digits) space JSON newline`. Reading stops at the first line that is
 incomplete or damaged: a torn tail is what a crash leaves, and what was never acknowledged.
+Lines that newer checkpoints made superfluous are folded into one; it counts for all of them, so
+that the number of a line never changes.
 """
 
 import dataclasses
@@ -9,12 +11,31 @@ import errno
 import json
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from swarmnode.coordinator.events import CheckpointRecord, Record
+from swarmnode.coordinator.events import (
+    CheckpointRecord,
+    CommitRecord,
+    EvaluationRecord,
+    HistoryRecord,
+    Record,
+    StartedRecord,
+)
+from swarmnode.failpoints import hit
+from swarmnode.home import write_durably
+from swarmnode.messages import (
+    MAX_COMMITTED,
+    MAX_ENTRY_BYTES,
+)
+
+NUM_KEPT_CHECKPOINTS = 2
+"""Two, because a worker may be fetching the older one while the newer is written."""
+FOLD_AT_LINES = 4 * MAX_COMMITTED
+"""So many lines are folded, at the next checkpoint, down to what a catching-up worker may need."""
 
 _RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Record.__args__}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {n: TypeAdapter(k) for n, k in _RECORDS.items()}
@@ -26,21 +47,34 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Open or create the journal; a torn tail is cut off. Raises: OSError."""
         self._path = path
-        self.found, self._whole_bytes = read_journal(path)
+        rows = list(_rows(path))
+        self.found = [record for record, _ in rows]
         """What earlier lives wrote."""
+        self._stops = [stop for _, stop in rows]
+        """Where each line ends in the file."""
+        self._numbers = _numbers(self.found)
+        """How many lines there are up to the end of each."""
         self.checkpoints = [r for r in self.found if isinstance(r, CheckpointRecord)]
-        """Every checkpoint so far, the oldest first."""
+        """Every checkpoint since lines were last folded, the oldest first."""
         self._file = path.open("ab", buffering=0)
         self._file.truncate(self._whole_bytes)
+
+    @property
+    def num_lines(self) -> int:
+        """Lines that were ever written, the folded ones included."""
+        return self._numbers[-1] if self._numbers else 0
+
+    @property
+    def _whole_bytes(self) -> int:
+        return self._stops[-1] if self._stops else 0
 
     def append(self, record: Record) -> None:
         """Write `record` and wait until the disk has it.
 
         Raises: OSError if it cannot; the journal is then as it was before.
         """
-        body = {"t": type(record).__name__, **dataclasses.asdict(record)}
-        text = json.dumps(body, separators=(",", ":")).encode()
-        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        line = _line(record)
+        hit("before_journal", self.num_lines)
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -48,27 +82,129 @@ class Journal:
         except OSError:
             self._file.truncate(self._whole_bytes)
             raise
-        self._whole_bytes += len(line)
+        self._stops.append(self._whole_bytes + len(line))
+        self._numbers.append(self.num_lines + 1)
+        hit("after_journal", self.num_lines - 1)
         if isinstance(record, CheckpointRecord):
             self.checkpoints.append(record)
+
+    def lines(self, start: int) -> Iterator[tuple[int, bytes]]:
+        """From line `start` on, in pieces that fit a message: (number of the first, the lines).
+
+        Where `start` was folded away, all lines.
+        """
+        if start >= self.num_lines:
+            return
+        at = self._numbers.index(start) + 1 if start in self._numbers else 0
+        with self._path.open("rb") as file:
+            file.seek(self._stops[at - 1] if at else 0)
+            held, first = b"", self._numbers[at - 1] if at else 0
+            for index in range(at, len(self._stops)):
+                line = file.readline()
+                if held and len(held) + len(line) > MAX_ENTRY_BYTES:
+                    yield first, held
+                    held, first = b"", self._numbers[index - 1]
+                held += line
+            yield first, held
+
+    def fold_if_long(self) -> None:
+        """Rewrite the file without what no catching-up worker and no checkpoint needs any more."""
+        if len(self._stops) <= FOLD_AT_LINES:
+            return
+        records, _ = read_journal(self._path)
+        folded = fold(records)
+        lines = [_line(record) for record in folded]
+        write_durably(self._path, b"".join(lines))
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)
+        self._stops = [sum(map(len, lines[: i + 1])) for i in range(len(lines))]
+        self._numbers = _numbers(folded)
+        self.checkpoints = [r for r in folded if isinstance(r, CheckpointRecord)]
 
     def close(self) -> None:
         self._file.close()
 
 
+def fold(records: Sequence[Record]) -> list[Record]:
+    """The same journal, with all but the newest lines told by one."""
+    kept_from = max(1, len(records) - MAX_COMMITTED)
+    first_step = 0
+    losses: list[float] = []
+    validation: dict[int, float] = {}
+    plan: list[Record] = []
+    checkpoints: list[Record] = []
+    for record in records[1:kept_from]:
+        match record:
+            case HistoryRecord(_, first_step, known, seen):
+                losses, validation = list(known), dict(seen)
+            case StartedRecord(step=step):
+                first_step = step if not losses else first_step
+                del losses[step - first_step :]
+                plan = [record]
+            case CommitRecord(step=step, loss=loss):
+                del losses[step - first_step :]
+                losses.append(loss)
+            case EvaluationRecord(step, loss):
+                validation[step] = loss
+            case CheckpointRecord():
+                checkpoints.append(record)
+    valid = {step: loss for step, loss in validation.items() if step <= first_step + len(losses)}
+    carried = [*plan, *checkpoints[-NUM_KEPT_CHECKPOINTS:]]
+    num_lines = sum(_count(r) for r in records[1:kept_from]) - len(carried)
+    told = HistoryRecord(num_lines, first_step, tuple(losses), tuple(sorted(valid.items())))
+    return [records[0], *carried, told, *records[kept_from:]]
+
+
 def read_journal(path: Path) -> tuple[list[Record], int]:
     """The whole records of a journal, and the length in bytes up to the end of the last one."""
-    records: list[Record] = []
-    whole_bytes = 0
+    rows = list(_rows(path))
+    return [record for record, _ in rows], rows[-1][1] if rows else 0
+
+
+def count_lines(records: Sequence[Record]) -> int:
+    """How many lines these stand for."""
+    return sum(map(_count, records))
+
+
+def parse_line(line: bytes) -> Record | None:
+    """The record of one line, None if the line is torn, damaged or of another version."""
+    crc, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+        return None
+    try:
+        body = json.loads(text)
+        record: Record = _ADAPTERS[body.pop("t")].validate_python(body)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return record
+
+
+def _line(record: Record) -> bytes:
+    body = {"t": type(record).__name__, **dataclasses.asdict(record)}
+    text = json.dumps(body, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _count(record: Record) -> int:
+    return record.num_lines if isinstance(record, HistoryRecord) else 1
+
+
+def _numbers(records: Sequence[Record]) -> list[int]:
+    numbers: list[int] = []
+    for record in records:
+        numbers.append((numbers[-1] if numbers else 0) + _count(record))
+    return numbers
+
+
+def _rows(path: Path) -> Iterator[tuple[Record, int]]:
+    """Each whole record, and where its line ends."""
     if not path.exists():
-        return records, 0
+        return
+    stop = 0
     with path.open("rb") as file:
         for line in file:
-            crc, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
-                break
-            body = json.loads(text)
-            name = body.pop("t")
-            records.append(_ADAPTERS[name].validate_python(body))
-            whole_bytes += len(line)
-    return records, whole_bytes
+            record = parse_line(line)
+            if record is None:
+                return
+            stop += len(line)
+            yield record, stop

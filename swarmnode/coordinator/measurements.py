@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from swarmnode.domain import PeerId
-from swarmnode.messages import LinkReport
+from swarmnode.messages import (
+    LinkReport,
+)
 
 NEWEST_SHARE = 0.3
 """Weight of the newest step in a machine's mean speed."""

@@ -48,7 +48,9 @@ class Outlook:
         if at is not None and at[0] == plan.generation and now_s - at[1] < PERIOD_S:
             return
         self._predicted_at = (plan.generation, now_s)
-        self.predicted_s = self._step_s(plan, self.swarm(peers))
+        named = {self._me, *plan.workers()}  # a table of all pairs: of no more peers than needed
+        swarm = self.swarm([advert for advert in peers if advert.peer in named])
+        self.predicted_s = self._step_s(plan, swarm)
 
     def step_done(self, plan: Plan) -> None:
         """A step of `plan` is committed: what its machines computed meanwhile was this."""

@@ -11,6 +11,8 @@ PATIENCE_S = {"placing": 900.0, "training": 120.0, "evaluating": 120.0}
 """A generation without progress for this long in a phase is given up and begun again."""
 GATHER_PATIENCE_S = 60.0
 """A holder that does not publish its state for this long is asked again, or another one."""
+ASK_AGAIN_S = 1.0
+"""A question that a majority refused is put again, with a higher generation, after so long."""
 MAX_STRIKES = 2
 """The job fails when everybody who is here has failed this often since it last did its part."""
 MAX_FAILURES = 5

@@ -19,6 +19,8 @@ class Pool:
         self._barred: dict[PeerId, tuple[float, float]] = {}
         """peer -> (when it has cooled down, end of the newest advert known by then)."""
         self._strikes: dict[PeerId, int] = {}
+        self._leaving: dict[PeerId, int] = {}
+        """peer -> the incarnation that said it will go."""
 
     def see(self, peers: Sequence[Advert], now_s: float) -> None:
         """Take over what the directory says."""
@@ -35,6 +37,11 @@ class Pool:
         self._strikes[peer] = strikes + 1
         pause_s = min(MAX_COOL_DOWN_S, COOL_DOWN_S * 2.0 ** min(strikes, 10))
         self._barred[peer] = (now_s + pause_s, known_until_s)
+
+    def leave(self, peer: PeerId) -> None:
+        """The peer will go: no work for it until it has been started again."""
+        advert = self._alive.get(peer)
+        self._leaving[peer] = advert.incarnation if advert else 0
 
     def forgive(self, peers: Sequence[PeerId]) -> None:
         """These did their part of a step: their strikes are forgotten."""
@@ -53,7 +60,8 @@ class Pool:
         return tuple(
             advert
             for peer, advert in sorted(self._alive.items())
-            if now_s >= self._barred.get(peer, never)[0]
+            if advert.incarnation != self._leaving.get(peer)
+            and now_s >= self._barred.get(peer, never)[0]
             and advert.expires_at_s > self._barred.get(peer, never)[1]
         )
 

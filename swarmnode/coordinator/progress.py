@@ -2,7 +2,10 @@
 
 from swarmnode.domain import PeerId
 from swarmnode.manifest import Manifest
-from swarmnode.messages import SentKind, Traffic
+from swarmnode.messages import (
+    SentKind,
+    Traffic,
+)
 
 
 class Progress:
@@ -19,6 +22,7 @@ class Progress:
         self.recoveries = 0
         self.recovery_s: float | None = None
         self._trains = manifest.num_steps > 0
+        self._start_step = manifest.start_step
         self._last_commit_s: float | None = None
         self._lost_s: float | None = None
         self._sent: dict[PeerId, dict[SentKind, int]] = {}
@@ -26,7 +30,7 @@ class Progress:
 
     def committed(self, step: int, loss: float, now_s: float | None) -> None:
         """Step `step` is durable; `now_s` is None when it is read from a journal."""
-        del self.losses[step:]
+        del self.losses[step - self._start_step :]
         self.losses.append(loss)
         if now_s is None:
             return
@@ -43,7 +47,7 @@ class Progress:
 
     def rewind(self, step: int) -> None:
         """Steps from `step` on were given up and will be computed again."""
-        del self.losses[step:]
+        del self.losses[step - self._start_step :]
         self.validation = [at for at in self.validation if at[0] <= step]
 
     def evaluated(self, step: int, loss: float) -> None:

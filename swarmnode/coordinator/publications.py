@@ -3,8 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from swarmnode.coordinator.events import CheckpointRecord
-from swarmnode.domain import BlobRef, PeerId
+from swarmnode.coordinator.events import CheckpointRecord, Effect, Send, StoreState
+from swarmnode.domain import BlobRef, JobId, PeerId, Plan
+from swarmnode.messages import (
+    Save,
+    Saved,
+)
 
 PATIENCE_S = 600.0
 """A publication that is not complete by then is given up."""
@@ -32,17 +36,21 @@ class Publications:
     def __contains__(self, step: int) -> bool:
         return step in self._open
 
-    def ask(self, step: int, holders: Mapping[int, PeerId], now_s: float) -> None:
-        """`holders` (by stage) are asked for the state after `step` committed steps."""
-        self._open[step] = _Publication(dict(holders), now_s)
+    def ask(self, job: JobId, plan: Plan, step: int, now_s: float) -> list[Effect]:
+        """Ask a holder of each stage for the state after `step` committed steps."""
+        holders = {stage: row[0] for stage, row in enumerate(plan.slots)}
+        self._open[step] = _Publication(holders, now_s)
+        return [
+            Send(peer, Save(job, plan.generation, step, stage)) for stage, peer in holders.items()
+        ]
 
-    def published(self, peer: PeerId, step: int, stage: int, index: BlobRef) -> bool:
-        """A holder answered; False if this one was not asked, or answered before."""
-        wanted = self._open.get(step)
+    def published(self, peer: PeerId, saved: Saved) -> list[Effect]:
+        """A holder answered: fetch it, unless it was not asked, or answered before."""
+        wanted, stage = self._open.get(saved.step), saved.stage
         if wanted is None or wanted.asked.get(stage) != peer or stage in wanted.indexes:
-            return False
-        wanted.indexes[stage] = index
-        return True
+            return []
+        wanted.indexes[stage] = saved.index
+        return [StoreState(stage, saved.step, saved.index, peer)]
 
     def stored(self, step: int, stage: int, index: BlobRef) -> CheckpointRecord | None:
         """The chunks of `index` are here; the checkpoint once those of every stage are."""

@@ -1,87 +1,175 @@
-"""Who holds which stage's state, and where a new host gets it from."""
+"""Where each holder of a stage gets the stage's state: what it has, a checkpoint, and the log."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from swarmnode.coordinator.cost.needs import WIRE_SHARE
 from swarmnode.coordinator.events import CheckpointRecord
-from swarmnode.coordinator.solver.decision import Decision
-from swarmnode.domain import PeerId, Plan
+from swarmnode.domain import PeerId
 from swarmnode.manifest import Manifest
-from swarmnode.messages import StateSource
+from swarmnode.messages import (
+    MAX_COMMITTED,
+    Answer,
+    Committed,
+    Held,
+    StateSource,
+)
+
+STATE_BYTES_PER_WEIGHT = 12
+"""A float32 weight and its two moments, as a snapshot stores them."""
+LOG_SHARE = 2.0
+"""A snapshot is taken when the log since the last one is about so many times as large as it."""
+MAX_PROVIDERS = 16
+MAX_ASSIGNED_UPDATES = 8000
+"""Updates of all stages together that one assignment may name: it must fit a control message."""
 
 
-class Holdings:
-    """The peers that hold each stage's state at the last committed step."""
+class CommitLog:
+    """The last committed steps: what turns updates into state."""
 
-    def __init__(self, num_stages: int) -> None:
-        self._held_by: list[set[PeerId]] = [set() for _ in range(num_stages)]
+    def __init__(self) -> None:
+        self._recent: list[Committed] = []
 
-    def of(self, stage: int) -> frozenset[PeerId]:
-        return frozenset(self._held_by[stage])
+    def add(self, commit: Committed) -> None:
+        if self._recent and commit.step != self._recent[-1].step + 1:
+            self._recent.clear()
+        self._recent.append(commit)
+        del self._recent[:-MAX_COMMITTED]
 
-    def forget(self, peer: PeerId) -> None:
-        for peers in self._held_by:
-            peers.discard(peer)
+    def rewind(self, step: int) -> None:
+        """Steps from `step` on are given up."""
+        self._recent = [commit for commit in self._recent if commit.step < step]
 
-    def forget_stage(self, stage: int) -> None:
-        self._held_by[stage].clear()
+    def since(self, start: int, stop: int) -> tuple[Committed, ...] | None:
+        """The commits of [start, stop), None if they are not all known."""
+        found = tuple(commit for commit in self._recent if start <= commit.step < stop)
+        return found if len(found) == stop - start else None
 
-    def clear(self) -> None:
-        for peers in self._held_by:
-            peers.clear()
 
-    def keep_only(self, plan: Plan) -> None:
-        """A peer drops the stages that a new plan takes from it."""
-        for stage, peers in enumerate(self._held_by):
-            peers &= set(plan.slots[stage])
+@dataclass(frozen=True)
+class Origin:
+    """A complete state that the coordinator can give out: a checkpoint, or the job's beginning."""
 
-    def add(self, peer: PeerId, plan: Plan) -> None:
-        """`peer` says that all its slots of `plan` are in place."""
-        for at in plan.hosted_by(peer):
-            self._held_by[at.stage].add(peer)
+    step: int
+    sources: tuple[StateSource, ...]
+    """For each stage."""
 
-    def missing(self, slots: Sequence[Sequence[PeerId]]) -> tuple[int, ...]:
-        """Stages of which some future host has no state."""
-        return tuple(s for s, row in enumerate(slots) if not set(row) <= self._held_by[s])
+
+def origin(checkpoint: CheckpointRecord | None, manifest: Manifest, me: PeerId) -> Origin:
+    """The newest complete state; `me` serves it."""
+    stages = range(manifest.placement.stages)
+    if checkpoint is not None:
+        step = checkpoint.step
+        found = [StateSource("fetch", step, checkpoint.indexes[stage], (me,)) for stage in stages]
+        return Origin(step, tuple(found))
+    weights, step = manifest.model.weights, manifest.start_step
+    begun = StateSource("init") if weights is None else StateSource("fetch", step, weights, (me,))
+    return Origin(step, tuple(begun for _ in stages))
+
+
+def snapshot_every(manifest: Manifest) -> int:
+    """Steps between snapshots, by how large an update is beside the state."""
+    update_bytes = 4.0 * WIRE_SHARE[manifest.codecs.gradient]
+    return max(4, min(64, round(LOG_SHARE * STATE_BYTES_PER_WEIGHT / update_bytes)))
 
 
 @dataclass
-class Gather:
-    """A placement that waits until the state which it needs is published."""
+class Sources:
+    """How every holder of a grid gets to the step at hand."""
 
-    decision: Decision
-    sources: dict[int, StateSource] = field(default_factory=dict)
-    awaited: dict[int, PeerId] = field(default_factory=dict)
-    """stage -> the holder that was asked to publish it."""
+    by_peer: dict[PeerId, list[tuple[int, StateSource]]] = field(default_factory=dict)
+    saves: dict[int, tuple[PeerId, int]] = field(default_factory=dict)
+    """stage -> (holder, step): the state that must first be published."""
+    waiting: list[tuple[int, PeerId]] = field(default_factory=list)
+    """(stage, holder) that wait for such a state."""
+    lost: list[int] = field(default_factory=list)
+    """Stages whose state nobody who answered can give."""
+    first_step: int = 0
+    """The oldest step that any source starts from."""
 
-    @classmethod
-    def of(cls, decision: Decision, holdings: Holdings) -> "Gather | None":
-        """What must move, asked of a live holder each; None if some stage has none."""
-        gather = cls(decision)
-        for stage in holdings.missing(decision.slots):
-            if not holdings.of(stage):
-                return None
-            gather.awaited[stage] = min(holdings.of(stage))
-        return gather
+    def add(self, peer: PeerId, stage: int, source: StateSource) -> None:
+        self.by_peer.setdefault(peer, []).append((stage, source))
+        self.first_step = min(self.first_step, source.step)
 
-    @classmethod
-    def restored(
-        cls, decision: Decision, checkpoint: CheckpointRecord | None, manifest: Manifest, me: PeerId
-    ) -> "Gather":
-        """Every stage from the newest checkpoint, else as the job began; `me` serves both."""
-        gather = cls(decision)
-        for stage in range(len(decision.slots)):
-            if checkpoint is not None:
-                source = StateSource("fetch", checkpoint.indexes[stage], (me,))
-            elif manifest.model.weights is not None:
-                source = StateSource("fetch", manifest.model.weights, (me,))
-            else:
-                source = StateSource("init")
-            gather.sources[stage] = source
-        return gather
 
-    def source(self, stage: int, peer: PeerId, holdings: Holdings) -> StateSource:
-        """Where `peer` gets `stage`."""
-        if peer in holdings.of(stage):
-            return StateSource("keep")
-        return self.sources[stage]
+class Finder:
+    """Finds sources among what was answered; `step` committed steps is where all must get."""
+
+    def __init__(
+        self,
+        answers: Mapping[PeerId, Answer],
+        layers: Sequence[tuple[int, int]],
+        step: int,
+        commits: CommitLog,
+        beginning: Origin,
+        distrusted: frozenset[int] = frozenset(),
+    ) -> None:
+        """`distrusted`: stages whose holders disagree; their state is derived from the log."""
+        self._step = step
+        self._commits = commits
+        self._origin = beginning
+        self._distrusted = distrusted
+        self._held: list[dict[PeerId, Held]] = [{} for _ in layers]
+        for peer, answer in answers.items():
+            for held in answer.held:
+                at = held.stage
+                if at < len(layers) and layers[at] == (held.start, held.stop):
+                    self._held[at][peer] = held
+
+    def holds(self, stage: int, peer: PeerId) -> bool:
+        """Whether `peer` can get to the step from what it has, with the others' logs."""
+        return self._kept(stage, peer) is not None
+
+    def find(self, holders: Sequence[Sequence[PeerId]]) -> Sources:
+        """A source for each peer of `holders[stage]`, as far as there is one."""
+        found = Sources(first_step=self._step)
+        for stage, peers in enumerate(holders):
+            start = self._origin.sources[stage]
+            for peer in sorted(set(peers)):
+                kept = self._kept(stage, peer)
+                if kept is not None:
+                    found.add(peer, stage, kept)
+                elif self._reaches(stage, self._origin.step):
+                    providers = self._providers(stage, start.providers)
+                    source = StateSource(start.how, self._origin.step, start.index, providers)
+                    found.add(peer, stage, source)
+                else:
+                    self._ask_a_holder(stage, peer, found)
+        return found
+
+    def _ask_a_holder(self, stage: int, peer: PeerId, found: Sources) -> None:
+        able = [
+            (held.step, holder)
+            for holder, held in sorted(self._held[stage].items())
+            if held.step <= self._step and self.holds(stage, holder)
+        ]
+        if not able:
+            found.lost.append(stage)
+            return
+        step, holder = max(able)
+        found.saves[stage] = (holder, step)
+        found.first_step = min(found.first_step, step)
+        found.waiting.append((stage, peer))
+
+    def _kept(self, stage: int, peer: PeerId) -> StateSource | None:
+        held = self._held[stage].get(peer)
+        if held is None or stage in self._distrusted:
+            return None
+        # Ahead of us: what it applied was never agreed on. It still has what its log begins with.
+        step = held.step if held.step <= self._step else held.log_from
+        if step > self._step or not self._reaches(stage, step):
+            return None
+        return StateSource("keep", step, None, self._providers(stage, ()))
+
+    def _reaches(self, stage: int, start: int) -> bool:
+        """Whether the updates from step `start` on are known and in somebody's log."""
+        too_many = (self._step - start) * len(self._held) > MAX_ASSIGNED_UPDATES
+        if start > self._step or too_many or self._commits.since(start, self._step) is None:
+            return False
+        missing = set(range(start, self._step))
+        for held in self._held[stage].values():
+            missing -= set(range(held.log_from, held.log_to))
+        return not missing
+
+    def _providers(self, stage: int, first: Sequence[PeerId]) -> tuple[PeerId, ...]:
+        return tuple(dict.fromkeys((*first, *sorted(self._held[stage]))))[:MAX_PROVIDERS]

@@ -2,17 +2,25 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
 from swarmnode.coordinator.solving import Solver
+from swarmnode.coordinator.tenure import Tenure
 from swarmnode.domain import Advert, PeerId
 from swarmnode.errors import PeerError, SwarmError
-from swarmnode.messages import Assign, LinkReport, Message
+from swarmnode.messages import (
+    Answer,
+    Assign,
+    Entry,
+    Inquire,
+    LinkReport,
+    Message,
+)
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.ports import Transport
@@ -22,6 +30,8 @@ from swarmnode.p2p.switch import Switch
 from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES
 
 TICK_S = 1.0
+HANGUP_S = 2.0
+"""A line that is given up stays open so long."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +60,26 @@ class _Line:
     """The control stream to one worker."""
 
     outbox: asyncio.Queue[Message]
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
+    num_told: int = 0
+    """Lines of the journal that were sent on it."""
 
 
 class JobRunner:
     """Runs one job until it is stopped or fails; `changed` is set after every event."""
 
     def __init__(
-        self, ledger: Ledger, canonical: bytes, journal: Journal, tools: RunnerTools
+        self,
+        ledger: Ledger,
+        canonical: bytes,
+        journal: Journal,
+        tenure: Tenure,
+        tools: RunnerTools,
     ) -> None:
         self.ledger = ledger
         self._canonical = canonical
         self._journal = journal
+        self._tenure = tenure
         self._tools = tools
         self._events: asyncio.Queue[on.Event] = asyncio.Queue(4096)
         self._lines: dict[PeerId, _Line] = {}
@@ -78,6 +96,8 @@ class JobRunner:
                 while not self.ledger.is_over:
                     event = await self._events.get()
                     phase = self.ledger.phase
+                    if isinstance(event, on.Heard) and isinstance(event.message, Answer):
+                        self._tenure.heard(event.peer, event.message)
                     for effect in self.ledger.handle(event, time.monotonic()):
                         await self._perform(effect)
                     if self.ledger.phase != phase or isinstance(event, on.WorkerLost):
@@ -140,17 +160,19 @@ class JobRunner:
         match effect:
             case on.Write(record):
                 await asyncio.to_thread(self._journal.append, record)
+                self._tell_voters()
                 if isinstance(record, on.CheckpointRecord):
                     await asyncio.to_thread(self._tools.on_checkpoint)
+                    await asyncio.to_thread(self._journal.fold_if_long)
             case on.Send(peer, message):
                 self._send(peer, message)
             case on.Hangup(peer):
                 line = self._lines.pop(peer, None)
-                if line is not None:
-                    line.task.cancel()
+                if line is not None and line.task is not None:
+                    # What was said last still goes out; whoever is released hangs up itself.
+                    asyncio.get_running_loop().call_later(HANGUP_S, line.task.cancel)
             case on.StoreState():
                 self._group.create_task(self._store(effect), name=f"store {effect.stage}")
-
             case on.Improve(request):
                 self._group.create_task(self._improve(request), name="improve the placement")
 
@@ -164,24 +186,47 @@ class JobRunner:
         await self.tell(on.Improved(request.plan.generation, found))
 
     def _send(self, peer: PeerId, message: Message) -> None:
-        assert self._group is not None
-        line = self._lines.get(peer)
-        if isinstance(message, Assign):
+        if isinstance(message, Inquire):
+            num_lines = self._journal.num_lines
+            message = replace(message, num_lines=num_lines, lease=self._tenure.shown())
+        elif isinstance(message, Assign):
             self._tools.switch.join(self.ledger.job, message.plan)
-            if line is None or line.task.done():
-                outbox: asyncio.Queue[Message] = asyncio.Queue(1024)
-                task = self._group.create_task(
-                    self._talk(peer, message.plan.addresses.get(peer, ()), outbox),
-                    name=f"control {peer}",
-                )
-                line = self._lines[peer] = _Line(outbox, task)
+            message = replace(message, lease=self._tenure.begun(message.plan))
+        line = self._lines.get(peer)
+        if line is None and isinstance(message, Inquire | Assign):
+            line = self._open(peer)
         if line is not None:
             line.outbox.put_nowait(message)
+            self._tell_voters()
 
-    async def _talk(
-        self, peer: PeerId, addresses: Sequence[str], outbox: asyncio.Queue[Message]
-    ) -> None:
-        """Hold the control stream to one worker, from its first assignment on."""
+    def _open(self, peer: PeerId) -> _Line:
+        assert self._group is not None
+        line = self._lines[peer] = _Line(asyncio.Queue(4096))
+        line.task = self._group.create_task(self._talk(peer, line), name=f"control {peer}")
+        return line
+
+    def _tell_voters(self) -> None:
+        """Whoever may have to take over knows every line of the journal before anything follows
+        from it."""
+        plan, me = self.ledger.plan, self.ledger.me
+        if plan is None or plan.coordinator != me:
+            return
+        for peer in plan.voters:
+            line = self._lines.get(peer)
+            if line is None or peer == me or line.num_told == self._journal.num_lines:
+                continue
+            for number, lines in self._journal.lines(line.num_told):
+                line.outbox.put_nowait(Entry(self.ledger.job, plan.generation, number, lines))
+            line.num_told = self._journal.num_lines
+
+    def _addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """Where the peer says that it is, else where it was."""
+        known = [advert.addresses for advert in self._tools.peers() if advert.peer == peer]
+        plan = self.ledger.plan
+        return known[0] if known else plan.addresses.get(peer, ()) if plan is not None else ()
+
+    async def _talk(self, peer: PeerId, line: _Line) -> None:
+        """Hold the control stream to one worker, from the first question on."""
         job = self.ledger.job
 
         async def heard(message: Message, _payload: memoryview) -> None:
@@ -189,29 +234,32 @@ class JobRunner:
 
         try:
             stream = await self._tools.transport.open(
-                peer, addresses, CONTROL_PROTOCOL, max_message_bytes=MAX_CONTROL_BYTES
+                peer, self._addresses(peer), CONTROL_PROTOCOL, max_message_bytes=MAX_CONTROL_BYTES
             )
             conversation = Conversation(
                 stream, job, heard, lambda n: self._tools.on_sent("control", n)
             )
             async with asyncio.TaskGroup() as group:
-                forward = group.create_task(self._forward(outbox, conversation))
+                forward = group.create_task(self._forward(line.outbox, conversation))
                 await conversation.run()
                 forward.cancel()
             reason = "closed its control stream"
         except* PeerError as errors:
             first = errors.exceptions[0]
             reason = getattr(first, "reason", None) or str(first)
-        await self.tell(on.WorkerLost(peer, reason))
+        if self._lines.get(peer) is line:  # else we gave it up ourselves
+            del self._lines[peer]
+            await self.tell(on.WorkerLost(peer, reason))
 
     async def _forward(self, outbox: asyncio.Queue[Message], conversation: Conversation) -> None:
         while True:
             message = await outbox.get()
-            conversation.post(message, self._canonical if isinstance(message, Assign) else b"")
+            begins = isinstance(message, Inquire | Assign)
+            conversation.post(message, self._canonical if begins else b"")
 
     async def _say_goodbye(self) -> None:
         """Give every worker time to hear that it is released; each then closes its side."""
-        lines = [line.task for line in self._lines.values()]
+        lines = [line.task for line in self._lines.values() if line.task is not None]
         if lines:
             await asyncio.wait(lines, timeout=2.0)
         for task in lines:

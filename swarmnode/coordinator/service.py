@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from swarmnode.coordinator import events as on
+from swarmnode.coordinator.checkpoints import CheckpointDesk
 from swarmnode.coordinator.head import Head
-from swarmnode.coordinator.journal import Journal
+from swarmnode.coordinator.journal import NUM_KEPT_CHECKPOINTS, Journal, read_journal
 from swarmnode.coordinator.ledger import Ledger
-from swarmnode.coordinator.replay import replay
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import GridRequest, Swarm
+from swarmnode.coordinator.standby import JOURNAL_FILE, StandbyJournals
 from swarmnode.coordinator.submission import FactsOf, prepare, unpack_folder
+from swarmnode.coordinator.tenure import Tenure
 from swarmnode.domain import BlobRef, JobId, ModelFacts, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
+from swarmnode.home import write_durably
 from swarmnode.manifest import JobFile, Manifest, PlacementConfig, check, parse_job
 from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.session import first_error
@@ -32,11 +34,11 @@ from swarmnode.p2p.states import (
     index_tensors,
     write_safetensors,
 )
+from swarmnode.papers import Papers
 from swarmnode.tensorfiles import read_header
 from swarmnode.tokenizer import TextTokenizer, load_tokenizer
 
-NUM_KEPT_CHECKPOINTS = 2
-JOB_FILE, JOURNAL_FILE, TOKENIZER_FOLDER = "job.json", "journal", "tokenizer"
+JOB_FILE, LEASE_FILE, TOKENIZER_FOLDER = "job.json", "lease", "tokenizer"
 
 
 @dataclass
@@ -49,6 +51,8 @@ class RunningJob:
     directory: Path
     tokenizer: TextTokenizer
     head: Head
+    notes: tuple[str, ...] = ()
+    """What its submitter should know, a line each."""
 
     @property
     def ledger(self) -> Ledger:
@@ -76,6 +80,8 @@ class CoordinatorService:
         self._group = group
         self._facts_of = facts_of
         self._jobs: dict[JobId, RunningJob] = {}
+        self.checkpoints = CheckpointDesk(identity, tools.store, lambda: self.jobs, tools.log)
+        self.standby = StandbyJournals(directory / "standby")
 
     @property
     def jobs(self) -> tuple[RunningJob, ...]:
@@ -126,14 +132,10 @@ class CoordinatorService:
         canonical = manifest.canonical()
         directory = self._directory / manifest.job
         directory.mkdir(parents=True)
-        saved = {
-            "manifest": json.loads(canonical),
-            "signature": self._identity.sign(canonical).hex(),
-            "facts": asdict(facts),
-            "weights_path": job.model.path,
-        }
-        _write_durably(directory / JOB_FILE, json.dumps(saved, indent=1))
-        self._start(manifest, facts, bytes.fromhex(saved["signature"]), directory)
+        signature = self._identity.sign(canonical)
+        self._write_job(directory, canonical, signature, facts, job.model.path or job.model.resume)
+        self._start(manifest, facts, signature, directory)
+        self._jobs[manifest.job].notes = prepared.notes
         return manifest.job
 
     async def _decide_grid(self, job: JobFile, facts: ModelFacts) -> PlacementConfig:
@@ -156,6 +158,45 @@ class CoordinatorService:
                 self._start(manifest, facts, bytes.fromhex(saved["signature"]), path.parent)
             except (SwarmError, OSError, ValueError, KeyError, TypeError) as error:
                 self._tools.log("job not restored", path=str(path), reason=str(error))
+        self._group.create_task(self.checkpoints.run(), name="checkpoints")
+
+    def take_over(self, papers: Papers) -> None:
+        """Stand for election as the coordinator of a job whose own is gone.
+
+        Raises: SwarmError, OSError if we lack what a coordinator needs.
+        """
+        job = papers.manifest.job
+        running = self._jobs.get(job)
+        if running is not None and not running.ledger.is_over:
+            return
+        source = self.standby.path(job)
+        first = next(
+            (r for r in read_journal(source)[0] if isinstance(r, on.SubmittedRecord)), None
+        )
+        if first is None:
+            raise SwarmError(f"the journal of job {job} has not arrived")
+        directory = self._directory / job
+        directory.mkdir(parents=True, exist_ok=True)
+        write_durably(directory / JOURNAL_FILE, source.read_bytes())
+        write_durably(directory / LEASE_FILE, papers.lease)
+        self._write_job(directory, papers.canonical, papers.signature, first.facts, None)
+        self._start(papers.manifest, first.facts, papers.signature, directory)
+
+    def _write_job(
+        self,
+        directory: Path,
+        canonical: bytes,
+        signature: bytes,
+        facts: ModelFacts,
+        weights_path: str | None,
+    ) -> None:
+        saved = {
+            "manifest": json.loads(canonical),
+            "signature": signature.hex(),
+            "facts": asdict(facts),
+            "weights_path": weights_path,
+        }
+        write_durably(directory / JOB_FILE, json.dumps(saved, indent=1).encode())
 
     def _offer_weights(self, folder: Path) -> None:
         """Serve the folder that a job started from again; without it a checkpoint must do."""
@@ -174,9 +215,14 @@ class CoordinatorService:
         unpack_folder(store.read(manifest.tokenizer), tokenizer_directory)
         tokenizer = load_tokenizer(tokenizer_directory)
         journal = Journal(directory / JOURNAL_FILE)
+        if not journal.found:
+            journal.append(on.SubmittedRecord(facts))
+        tenure = Tenure(
+            directory / LEASE_FILE, manifest.job, manifest.submitter, me, self._identity.sign
+        )
         ledger = Ledger(manifest, facts, me, signature, time.monotonic())
-        replay(ledger, self._readable(journal.found))
-        runner = JobRunner(ledger, manifest.canonical(), journal, self._tools)
+        ledger.restore(self._readable(journal.found))
+        runner = JobRunner(ledger, manifest.canonical(), journal, tenure, self._tools)
 
         def serving_plan() -> Plan | None:
             is_placed = ledger.phase in ("training", "evaluating", "saving", "serving")
@@ -191,12 +237,15 @@ class CoordinatorService:
 
         A job that ends here without a record in its journal is taken up again at the next start.
         """
+        ledger = runner.ledger
         try:
             await runner.run()
+            if ledger.successor is not None and ledger.manifest.submitter != self._identity.peer:
+                (self._directory / ledger.job / JOB_FILE).unlink(missing_ok=True)
         except Exception as error:  # a full disk, or a bug of ours: the node's other jobs go on
             failure = first_error(error) if isinstance(error, BaseExceptionGroup) else error
             runner.give_up(f"{type(failure).__name__}: {failure}; restart the node to go on")
-            self._tools.log("job gave up", job=runner.ledger.job, reason=str(failure))
+            self._tools.log("job gave up", job=ledger.job, reason=str(failure))
 
     def _readable(self, records: Sequence[on.Record]) -> list[on.Record]:
         """The journal without checkpoints of which a chunk is gone or damaged."""
@@ -223,16 +272,21 @@ class CoordinatorService:
 
         Two, because a worker may be fetching the older one while the newer is written.
         """
+        self.checkpoints.forget_replaced()
         kept: set[BlobRef] = set()
         replaced: list[on.CheckpointRecord] = []
         for job in self.jobs:
             records = job.runner.checkpoints
+            origin = job.manifest.model.weights
+            if origin is not None:  # another job's checkpoint, perhaps, served from a folder
+                kept |= self._chunks_of(on.CheckpointRecord(0, (origin,)))
             replaced += records[:-NUM_KEPT_CHECKPOINTS]
             for record in records[-NUM_KEPT_CHECKPOINTS:]:
                 kept |= self._chunks_of(record)
         for record in replaced:
             for ref in self._chunks_of(record) - kept:
                 self._tools.store.remove(ref)
+        self.checkpoints.update_soon()
 
     def _chunks_of(self, record: on.CheckpointRecord) -> set[BlobRef]:
         """Every blob of a checkpoint that is still here, its indexes included."""
@@ -254,7 +308,7 @@ class CoordinatorService:
         if checkpoint is not None:
             step, refs = checkpoint.step, checkpoint.indexes
         elif job.manifest.model.weights is not None:
-            step, refs = 0, (job.manifest.model.weights,)
+            step, refs = job.manifest.start_step, (job.manifest.model.weights,)
         else:
             every = job.manifest.run.checkpoint_every or job.manifest.num_steps
             raise NotFoundError(
@@ -269,13 +323,3 @@ class CoordinatorService:
                     tensors.setdefault(tensor.name, tensor)
         await asyncio.to_thread(write_safetensors, path, tensors.values(), store.read)
         return step
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is there completely or not at all, also after a crash."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swarmnode.coordinator import resume
 from swarmnode.coordinator.corpus import build_corpus
 from swarmnode.domain import BlobRef, ModelFacts, PeerId
 from swarmnode.errors import DataError, ManifestError
@@ -45,6 +46,8 @@ class Prepared:
 
     manifest: Manifest
     facts: ModelFacts
+    notes: tuple[str, ...] = ()
+    """What its submitter should know, a line each."""
 
 
 async def prepare(
@@ -59,9 +62,17 @@ async def prepare(
 
     Raises: ManifestError, DataError, CapacityError, each with one clear line.
     """
-    config, spans = await asyncio.to_thread(_read_model, job)
-    stored = tuple(spans) if spans else None
+    resumed = await asyncio.to_thread(resume.read_resumed, job)
+    spans: Mapping[str, TensorSpan] | None = None
+    stored: tuple[str, ...] | None
+    if resumed is not None:
+        config, stored = resumed.config, tuple(atom.name for atom in resumed.weights)
+    else:
+        config, spans = await asyncio.to_thread(_read_model, job)
+        stored = tuple(spans) if spans else None
     facts = await facts_of(config, job.placement.stages or 2, stored)
+    if resumed is not None:
+        resume.check_fits(resumed, facts)
     if job.kind == "train" and job.batch.sequence_length > facts.max_positions:
         raise ManifestError(
             f"batch.sequence_length = {job.batch.sequence_length} is over the model's "
@@ -75,22 +86,32 @@ async def prepare(
             f"the tokenizer has {tokenizer.num_tokens} tokens but the model's vocabulary only "
             f"{facts.vocab_size}; give a model with vocab_size >= {tokenizer.num_tokens}"
         )
-    weights = await asyncio.to_thread(_publish_weights, spans, store) if spans else None
+    content, start_step = ModelContent(config=config), 0
+    if resumed is not None:
+        trains = job.kind == "train"
+        weights = await asyncio.to_thread(resume.publish, resumed, store, trains=trains)
+        made_by = resumed.checkpoint
+        content = ModelContent(config=config, weights=weights, checkpoint=made_by.sha256)
+        start_step = made_by.manifest.step if trains else 0
+    elif spans is not None:
+        weights = await asyncio.to_thread(_publish_weights, spans, store)
+        content = ModelContent(config=config, weights=weights)
     data = await asyncio.to_thread(_publish_data, job, tokenizer, facts, store)
     shared = {name: getattr(job, name) for name in JobBase.model_fields}
     manifest = Manifest(
         **shared,
         placement=placement,
-        model=ModelContent(config=config, weights=weights),
+        model=content,
         data=data,
         tokenizer=await asyncio.to_thread(_publish_folder, folder, store),
         submitter=me,
         submitted_at_s=time.time(),
+        start_step=start_step,
     )
-    return Prepared(manifest, facts)
+    return Prepared(manifest, facts, resume.notes(resumed, job, data) if resumed else ())
 
 
-def _read_model(job: JobFile) -> tuple[dict[str, Any], dict[str, TensorSpan] | None]:
+def _read_model(job: JobFile) -> tuple[dict[str, Any], Mapping[str, TensorSpan] | None]:
     """The model's config, and where its tensors lie if it has any yet."""
     source = job.model
     if isinstance(source.config, dict):
@@ -122,8 +143,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _tokenizer_folder(job: JobFile, scratch: Path, max_positions: int) -> Path:
     if job.tokenizer != "bytes":
         return Path(job.tokenizer)
-    if job.model.path is not None and (Path(job.model.path) / "tokenizer.json").exists():
-        return Path(job.model.path)
+    given = job.model.path or job.model.resume
+    if given is not None and (Path(given) / "tokenizer.json").exists():
+        return Path(given)
     folder = scratch / "byte-tokenizer"
     write_byte_tokenizer(folder, max_positions=max_positions)
     return folder

@@ -10,7 +10,10 @@ from swarmnode.coordinator.events import CommitRecord
 from swarmnode.domain import PeerId, Plan, SlotId
 from swarmnode.errors import SwarmError
 from swarmnode.manifest import Manifest
-from swarmnode.messages import Applied, Ready
+from swarmnode.messages import (
+    Applied,
+    Ready,
+)
 
 
 @dataclass(eq=False)
@@ -41,7 +44,8 @@ class Votes:
         self._ready[ready.source] = ready
 
     def is_complete(self, plan: Plan) -> bool:
-        return len(self._ready) == plan.num_stages * plan.num_slots
+        """Whether every slot and every shadow holds its stage's update of the step."""
+        return len(self._ready) == sum(len(plan.holders(s)) for s in range(plan.num_stages))
 
     def commit(self, step: int, plan: Plan, manifest: Manifest) -> CommitRecord:
         """What is to be journaled: the clip scale as in torch's clip_grad_norm_, and the loss.
@@ -71,13 +75,15 @@ class Votes:
             )
         clip = manifest.optimizer.clip_norm
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
-        digests = tuple(self._ready[SlotId(s, 0)].digest for s in range(plan.num_stages))
-        return CommitRecord(plan.generation, step, scale, loss, digests)
+        updates = tuple(self._ready[SlotId(s, 0)].update for s in range(plan.num_stages))
+        return CommitRecord(plan.generation, step, scale, loss, updates)
 
     def _check(self, plan: Plan, num_microbatches: int) -> None:
         last = plan.num_stages - 1
         for at, ready in sorted(self._ready.items()):
-            owned = tuple(range(at.slot, num_microbatches, plan.num_slots))
+            owned: tuple[int, ...] = ()
+            if plan.computes(at):
+                owned = tuple(range(at.slot, num_microbatches, plan.num_slots))
             where, peer = f"stage {at.stage} slot {at.slot}", plan.host(at)
             if tuple(sorted(ready.microbatches)) != owned:
                 raise DisagreementError(peer, f"{where} counted {ready.microbatches}, not {owned}")
@@ -96,15 +102,16 @@ class Votes:
                 raise DisagreementError(plan.host(at), f"{where} gave impossible losses")
 
     def _check_stage(self, plan: Plan, stage: int) -> None:
-        """All slots of a stage hold the same gradient; the odd one out is named.
+        """All holders of a stage hold the same gradient; the odd one out is named.
 
-        Sums may differ in rounding between kinds of machines, digests may not.
+        Sums may differ in rounding between kinds of machines, updates may not.
         """
-        said = [self._ready[SlotId(stage, slot)] for slot in range(plan.num_slots)]
-        usual = Counter(ready.digest for ready in said).most_common(1)[0][0]
-        first = next(ready for ready in said if ready.digest == usual)
+        numbers = range(len(plan.holders(stage)))
+        said = [self._ready[SlotId(stage, number)] for number in numbers]
+        usual = Counter(ready.update for ready in said).most_common(1)[0][0]
+        first = next(ready for ready in said if ready.update == usual)
         for ready in reversed(said):
-            if ready.digest != usual or not _are_close(
+            if ready.update != usual or not _are_close(
                 ready.sums_of_squares, first.sums_of_squares
             ):
                 where = f"stage {stage} slot {ready.source.slot}"

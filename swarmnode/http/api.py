@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from swarmnode.domain import JobId, PeerId
-from swarmnode.messages import Sampling
+from swarmnode.p2p.checkpoint_files import Audit
+from swarmnode.session_messages import (
+    Sampling,
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,36 @@ class JobView:
 
 
 @dataclass(frozen=True)
+class CheckpointView:
+    """A checkpoint that is kept."""
+
+    step: int
+    generation: int
+    created_at_s: float
+    loss: float | None
+    num_atoms: int
+    num_bytes: int
+    weights_sha256: str
+    sha256: str
+    """Of its manifest: what the next one names as its parent."""
+    parent: str | None
+    coordinator: str
+    """Who signed it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How far a long piece of work is; the last one carries what came of it."""
+
+    done_bytes: int
+    total_bytes: int
+    audits: tuple[Audit, ...] | None = None
+    """After a verify."""
+    step: int | None = None
+    """After an export: committed steps in the folder."""
+
+
+@dataclass(frozen=True)
 class Token:
     """One generated token."""
 
@@ -136,6 +169,9 @@ class NodeApi(Protocol):
 
     def peers(self) -> tuple[PeerView, ...]: ...
 
+    def finish(self) -> None:
+        """Ask the node to give its work to others and end; returns at once."""
+
     def jobs(self) -> tuple[JobView, ...]: ...
 
     def job(self, job: str) -> JobView:
@@ -155,6 +191,21 @@ class NodeApi(Protocol):
 
     async def export(self, job: str, directory: Path) -> int:
         """Write a Hugging Face folder; the number of committed steps it holds.
+
+        Raises: BusyError if the folder exists and is not empty, NotFoundError.
+        """
+
+    def notes(self, job: str) -> tuple[str, ...]:
+        """What the submitter of a job should know, a line each."""
+
+    async def checkpoints(self, job: str) -> tuple[CheckpointView, ...]:
+        """The checkpoints that are kept, the oldest first. Raises: NotFoundError, DataError."""
+
+    def verify_checkpoints(self, job: str) -> AsyncIterator[Work]:
+        """Check every byte of every kept checkpoint; closing the iterator ends it."""
+
+    def export_checkpoint(self, job: str, directory: Path, step: int | None) -> AsyncIterator[Work]:
+        """Write a checkpoint, the newest unless `step` is given, as a folder that stands alone.
 
         Raises: BusyError if the folder exists and is not empty, NotFoundError.
         """

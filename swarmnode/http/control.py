@@ -2,7 +2,7 @@
 
 import hmac
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from swarmnode.errors import AuthError, ManifestError, SwarmError, UserError
-from swarmnode.http.api import JobView, NodeApi, NodeView, PeerView
+from swarmnode.http.api import CheckpointView, JobView, NodeApi, NodeView, PeerView, Work
 from swarmnode.http.failures import control_failure
 from swarmnode.http.stream import EventStream, closing
 
@@ -26,6 +26,8 @@ NODE: TypeAdapter[NodeView] = TypeAdapter(NodeView)
 PEERS: TypeAdapter[tuple[PeerView, ...]] = TypeAdapter(tuple[PeerView, ...])
 JOB: TypeAdapter[JobView] = TypeAdapter(JobView)
 JOBS: TypeAdapter[tuple[JobView, ...]] = TypeAdapter(tuple[JobView, ...])
+CHECKPOINTS: TypeAdapter[tuple[CheckpointView, ...]] = TypeAdapter(tuple[CheckpointView, ...])
+WORK: TypeAdapter[Work] = TypeAdapter(Work)
 
 
 class _Body(BaseModel):
@@ -51,6 +53,13 @@ class ExportRequest(_Body):
     """A new or empty folder; absolute."""
 
 
+class CheckpointExportRequest(ExportRequest):
+    """POST /api/jobs/{job}/checkpoints/export."""
+
+    step: int | None = None
+    """Which checkpoint; the newest unless given."""
+
+
 def routes(api: NodeApi, token: str) -> list[Route]:
     """The control API of `api`; every request must carry `Authorization: Bearer <token>`."""
 
@@ -59,6 +68,10 @@ def routes(api: NodeApi, token: str) -> list[Route]:
 
     async def peers(_request: Request) -> Response:
         return _json(PEERS, api.peers())
+
+    async def finish(_request: Request) -> Response:
+        api.finish()
+        return _json(NODE, api.node())
 
     async def jobs(_request: Request) -> Response:
         return _json(JOBS, tuple(replace(view, losses=()) for view in api.jobs()))
@@ -86,7 +99,8 @@ def routes(api: NodeApi, token: str) -> list[Route]:
     async def submit(request: Request) -> Response:
         body = await _body(request, Submission)
         job_id = await api.submit(body.job, body.base)
-        return Response(json.dumps({"job": job_id}), 201, media_type="application/json")
+        answer = {"job": job_id, "notes": api.notes(job_id)}
+        return Response(json.dumps(answer), 201, media_type="application/json")
 
     async def stop(request: Request) -> Response:
         name = request.path_params["job"]
@@ -100,8 +114,20 @@ def routes(api: NodeApi, token: str) -> list[Route]:
         answer = {"step": step, "directory": str(body.directory)}
         return Response(json.dumps(answer), media_type="application/json")
 
+    async def checkpoints(request: Request) -> Response:
+        return _json(CHECKPOINTS, await api.checkpoints(_job_of(request)))
+
+    async def verify(request: Request) -> Response:
+        return EventStream(_at_work(api.verify_checkpoints(_job_of(request))), control_failure)
+
+    async def export_checkpoint(request: Request) -> Response:
+        body = await _body(request, CheckpointExportRequest)
+        works = api.export_checkpoint(_job_of(request), body.directory, body.step)
+        return EventStream(_at_work(works), control_failure)
+
     table: list[tuple[str, str, Endpoint]] = [
         ("GET", "/api/node", node),
+        ("POST", "/api/node/finish", finish),
         ("GET", "/api/peers", peers),
         ("GET", "/api/jobs", jobs),
         ("POST", "/api/jobs", submit),
@@ -109,10 +135,23 @@ def routes(api: NodeApi, token: str) -> list[Route]:
         ("GET", "/api/jobs/{job}/watch", watch),
         ("POST", "/api/jobs/{job}/stop", stop),
         ("POST", "/api/jobs/{job}/export", export),
+        ("GET", "/api/jobs/{job}/checkpoints", checkpoints),
+        ("POST", "/api/jobs/{job}/checkpoints/verify", verify),
+        ("POST", "/api/jobs/{job}/checkpoints/export", export_checkpoint),
     ]
     return [
         Route(path, _guarded(endpoint, token), methods=[method]) for method, path, endpoint in table
     ]
+
+
+def _job_of(request: Request) -> str:
+    return str(request.path_params["job"])
+
+
+async def _at_work(works: AsyncIterator[Work]) -> AsyncGenerator[bytes, None]:
+    async with closing(works) as each:
+        async for work in each:
+            yield WORK.dump_json(work)
 
 
 def thin(losses: tuple[float, ...], num_points: int) -> tuple[float, ...]:

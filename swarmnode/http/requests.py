@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from swarmnode.http.failures import ApiError
-from swarmnode.messages import Sampling
+from swarmnode.session_messages import (
+    Sampling,
+)
 
 MAX_PROMPTS = 32
 MAX_STOPS = 16

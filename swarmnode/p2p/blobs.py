@@ -25,6 +25,7 @@ from swarmnode.errors import (
     RefusedError,
     SwarmError,
 )
+from swarmnode.failpoints import hit
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.links import OnTransfer, ignore_transfer
 from swarmnode.p2p.ports import EndOfStream, Stream, Transport
@@ -121,6 +122,7 @@ class _Server:
                 await _send(stream, {"status": "ok"})
                 for start in range(0, len(data), PIECE_BYTES):
                     await stream.send(memoryview(data)[start : start + PIECE_BYTES])
+                    hit("seeding")
             self._on_count("sent_bytes", stream.peer, len(data))
 
 

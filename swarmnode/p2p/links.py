@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from swarmnode.domain import PeerId
-from swarmnode.messages import LinkReport
+from swarmnode.messages import (
+    LinkReport,
+)
 
 Source = Literal["transfer", "probe"]
 Direction = Literal["sent", "received"]

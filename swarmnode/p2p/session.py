@@ -5,7 +5,12 @@ from collections.abc import Awaitable, Callable
 
 from swarmnode.domain import JobId
 from swarmnode.errors import PeerLostError, ProtocolError, SwarmError
-from swarmnode.messages import Message, Ping
+from swarmnode.failpoints import hit
+from swarmnode.messages import (
+    Commit,
+    Message,
+    Ping,
+)
 from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.wire import pack, unpack
 
@@ -86,6 +91,8 @@ class Conversation:
                     await self._stream.send(header, payload)
             except TimeoutError:
                 raise PeerLostError(self._stream.peer, "takes nothing off the wire") from None
+            if isinstance(message, Commit):
+                hit("commit_sent", message.step)
             self._on_sent(len(header) + len(payload))
 
     async def _ping(self) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -56,39 +56,54 @@ class TensorIndex:
         return tuple(dict.fromkeys(c for tensor in self.tensors for c in tensor.chunks))
 
     def to_json(self) -> bytes:
-        rows = [
-            [t.name, t.dtype, t.shape, [[c.sha256, c.num_bytes] for c in t.chunks]]
-            for t in self.tensors
-        ]
-        return json.dumps({"step": self.step, "tensors": rows}, separators=(",", ":")).encode()
+        body = {"step": self.step, "tensors": rows_of(self.tensors)}
+        return json.dumps(body, separators=(",", ":")).encode()
 
     @staticmethod
     def from_json(data: bytes) -> "TensorIndex":
         """Raises: ProtocolError for anything that `to_json` cannot have written."""
         try:
             raw = json.loads(data)
-            rows = raw["tensors"]
-            tensors = tuple(
-                _TENSOR.validate_python(
-                    {
-                        "name": name,
-                        "dtype": dtype,
-                        "shape": shape,
-                        "chunks": [{"sha256": h, "num_bytes": n} for h, n in chunks],
-                    }
-                )
-                for name, dtype, shape, chunks in rows
-            )
-            step = raw["step"]
-        except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
+            step, rows = raw["step"], raw["tensors"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ProtocolError(f"not a tensor index: {error!s:.200}") from None
-        if type(step) is not int or step < 0 or len(tensors) > MAX_TENSORS:
-            raise ProtocolError("not a tensor index: impossible step or too many tensors")
-        for tensor in tensors:
-            _check_sizes(tensor)
-        if len({tensor.name for tensor in tensors}) != len(tensors):
-            raise ProtocolError("not a tensor index: a tensor appears twice")
-        return TensorIndex(step, tensors)
+        if type(step) is not int or step < 0:
+            raise ProtocolError("not a tensor index: impossible step")
+        return TensorIndex(step, tensors_of(rows))
+
+
+def rows_of(tensors: Iterable[IndexedTensor]) -> list[Any]:
+    """Tensors as they are written in JSON: [name, dtype, shape, [[sha256, bytes]..]] each."""
+    return [
+        [t.name, t.dtype, list(t.shape), [[c.sha256, c.num_bytes] for c in t.chunks]]
+        for t in tensors
+    ]
+
+
+def tensors_of(rows: Any) -> tuple[IndexedTensor, ...]:
+    """The tensors of `rows_of`. Raises: ProtocolError for anything that it cannot have made."""
+    try:
+        if len(rows) > MAX_TENSORS:
+            raise ProtocolError("not a tensor index: too many tensors")
+        tensors = tuple(
+            _TENSOR.validate_python(
+                {
+                    "name": name,
+                    "dtype": dtype,
+                    "shape": shape,
+                    "chunks": [{"sha256": h, "num_bytes": n} for h, n in chunks],
+                }
+            )
+            for name, dtype, shape, chunks in rows
+        )
+    except (ValueError, TypeError, KeyError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise ProtocolError(f"not a tensor index: {reason:.200}") from None
+    for tensor in tensors:
+        _check_sizes(tensor)
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise ProtocolError("not a tensor index: a tensor appears twice")
+    return tensors
 
 
 _TENSOR = TypeAdapter(IndexedTensor)

@@ -18,13 +18,15 @@ from swarmnode.messages import (
     Frame,
     Message,
     SentKind,
+)
+from swarmnode.p2p.links import LARGE_BYTES, ArrivalClock, OnTransfer, ignore_transfer
+from swarmnode.p2p.ports import EndOfStream, Stream, Transport
+from swarmnode.session_messages import (
     SessionClose,
     SessionFailed,
     SessionFrame,
     SessionToken,
 )
-from swarmnode.p2p.links import LARGE_BYTES, ArrivalClock, OnTransfer, ignore_transfer
-from swarmnode.p2p.ports import EndOfStream, Stream, Transport
 from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack, unpack
 
 MAX_QUEUED_FRAMES = 1024
@@ -52,6 +54,8 @@ class _Entry:
     """A job that this node has business with."""
 
     plan: Plan
+    fence: int = 0
+    """Nothing of a generation below this is passed on, in or out."""
     to_worker: Deliver | None = None
     to_head: Deliver | None = None
     on_broken: Callable[[PeerId, str], None] = lambda _peer, _reason: None
@@ -100,6 +104,12 @@ class Switch:
         for peer in [p for p in entry.lanes if not entry.plan.names(p)]:
             entry.lanes.pop(peer).task.cancel()
 
+    def fence(self, job: JobId, generation: int) -> None:
+        """Drop everything of `job` below `generation` from now on; the plan may come later."""
+        entry = self._jobs.get(job)
+        if entry is not None:
+            entry.fence = max(entry.fence, generation)
+
     def leave(self, job: JobId, *, worker: bool = False, head: bool = False) -> None:
         """Take no more part as worker or head; with neither left the job is forgotten."""
         entry = self._jobs.get(job)
@@ -136,7 +146,7 @@ class Switch:
         A peer that cannot be reached is reported through the job's `on_broken`, not raised.
         """
         entry = self._jobs.get(message.job)
-        if entry is None or message.generation != entry.plan.generation:
+        if entry is None or not _is_current(entry, message):
             self._on_dropped("stale_frame")
             return
         peer = self._receiver(entry.plan, message)
@@ -186,7 +196,7 @@ class Switch:
             )
             while True:
                 message, payload = await queue.get()
-                if message.generation != entry.plan.generation:
+                if not _is_current(entry, message):
                     continue
                 header = pack(message)
                 async with asyncio.timeout(MIN_TIMEOUT_S + len(payload) / MIN_BYTES_PER_S):
@@ -240,7 +250,7 @@ class Switch:
         if entry is None or not entry.plan.names(peer):
             self._on_dropped("refused_peer")
             raise ProtocolError(f"{peer} has no part in job {message.job}")
-        if message.generation != entry.plan.generation:
+        if not _is_current(entry, message):
             self._on_dropped("stale_frame")
             return
         if self._receiver(entry.plan, message) != self._transport.peer:
@@ -251,6 +261,10 @@ class Switch:
             self._on_dropped("foreign_frame")
             raise ProtocolError(f"{peer} does not host the slot that it writes for")
         await self._deliver(entry, message, payload)
+
+
+def _is_current(entry: _Entry, message: TensorMessage) -> bool:
+    return message.generation == entry.plan.generation >= entry.fence
 
 
 def _sender(plan: Plan, message: Message) -> PeerId | None:

@@ -3,95 +3,176 @@
 import asyncio
 import json
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 from swarmnode.domain import JobId, PeerId
 from swarmnode.errors import ManifestError, PeerError, ProtocolError, SwarmError
 from swarmnode.manifest import Manifest, check
-from swarmnode.messages import Assign
+from swarmnode.messages import (
+    Assign,
+    Inquire,
+)
 from swarmnode.p2p.identity import verify
 from swarmnode.p2p.ports import Stream, Transport
 from swarmnode.p2p.session import DEAD_AFTER_S, first_error
-from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
-from swarmnode.worker.hosting import HostTools, JobHost
+from swarmnode.papers import Papers
+from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, pack, unpack
+from swarmnode.worker.hosting import JobHost
+from swarmnode.worker.state_keeper import load_tenancy
+from swarmnode.worker.tools import HostTools
 
 MAX_JOBS = 4
 """Jobs that a node works for at once: each has a child of its own."""
-
-
-@dataclass
-class _Running:
-    host: JobHost
-    task: asyncio.Task[None]
+KEPT_S = 7 * 86400.0
+"""How long the files of a job stay that nobody asks for."""
 
 
 class WorkerService:
-    """Hosts slots of any number of jobs; one control stream, and one child, for each."""
+    """Hosts stages of any number of jobs; one control stream, and one child, for each."""
 
     def __init__(
         self,
         transport: Transport,
         tools: HostTools,
+        group: asyncio.TaskGroup,
         on_dropped: Callable[[str], None],
         log: Callable[..., None],
     ) -> None:
+        """Jobs run in `group`: they outlive the streams of their coordinators."""
         self._tools = tools
+        self._group = group
         self._on_dropped = on_dropped
         self._log = log
-        self._running: dict[JobId, _Running] = {}
-        shutil.rmtree(tools.directory, ignore_errors=True)  # of a life that was killed
+        self._hosts: dict[JobId, JobHost] = {}
+        drop_old_folders(tools.directory, time.time())
         transport.serve(CONTROL_PROTOCOL, self._accept, max_message_bytes=MAX_CONTROL_BYTES)
 
     def hosts(self) -> tuple[JobHost, ...]:
         """The jobs that this node works for now."""
-        return tuple(running.host for _, running in sorted(self._running.items()))
+        return tuple(host for _, host in sorted(self._hosts.items()) if host.is_running)
+
+    def names(self, peer: PeerId, job: JobId) -> bool:
+        """Whether `peer` may have blobs of a job that this node holds state of."""
+        host = self._hosts.get(job)
+        return host is not None and host.tenancy.names(peer)
+
+    def papers(self, job: JobId) -> Papers | None:
+        """What we have in hand of a job, also of one that an earlier life worked for."""
+        host = self._hosts.get(job)
+        if host is not None and host.papers is not None:
+            return host.papers
+        found = load_tenancy(self._tools.directory / job)
+        if found is None:
+            return None
+        tenancy, canonical, signature = found
+        if tenancy.plan is None or tenancy.is_released:
+            return None
+        manifest = check(Manifest, json.loads(canonical), "manifest")
+        return Papers(manifest, canonical, signature, tenancy.plan, tenancy.lease)
+
+    async def restore(self) -> None:
+        """Wait for the coordinators of an earlier life's jobs, or for what follows without one."""
+        for folder in sorted(self._tools.directory.glob("*/")):
+            self._tools.on_orphaned(JobId(folder.name))
+
+    async def leave(self) -> None:
+        """Give every slot to others; returns when coordinators have let us go, or are gone."""
+        leaving = [host for host in self.hosts() if host.is_served]
+        for host in leaving:
+            host.leave()
+        for host in leaving:
+            await host.alone.wait()
 
     async def _accept(self, stream: Stream) -> None:
-        """Serve one coordinator's control stream; a newer one for the same job replaces it."""
+        """Serve a coordinator's control stream, which begins with a question or an assignment."""
         try:
             async with asyncio.timeout(DEAD_AFTER_S):
-                assign, payload = unpack(await stream.receive())
-            if not isinstance(assign, Assign):
-                raise ProtocolError("a control stream begins with an assignment")
-            manifest = self._check(stream.peer, assign, bytes(payload))
+                first, payload = unpack(await stream.receive())
+            if not isinstance(first, Inquire | Assign):
+                raise ProtocolError("a control stream begins with a question or an assignment")
+            manifest = self._check(stream.peer, first, bytes(payload))
         except (PeerError, TimeoutError) as error:
-            self._on_dropped("bad_assignment")
-            self._log("assignment refused", peer=stream.peer, reason=str(error))
+            self._refuse(stream.peer, error)
             return
-        while (earlier := self._running.get(manifest.job)) is not None:
-            earlier.task.cancel()
-            await asyncio.wait([earlier.task])
-        task = asyncio.current_task()
-        assert task is not None
-        host = JobHost(manifest, bytes(payload), self._tools)
-        running = self._running[manifest.job] = _Running(host, task)
-        self._log("job taken", job=manifest.job, name=manifest.name)
+        host = self._hosts.get(manifest.job)
+        if host is None:
+            host = JobHost(manifest, bytes(payload), first.signature, self._tools)
+            self._hosts[manifest.job] = host
         try:
-            await host.run(stream, assign)
-        except* SwarmError as failures:
-            self._log("coordinator lost", job=manifest.job, reason=str(first_error(failures)))
+            await self._serve(stream, host, first)
         finally:
-            if self._running.get(manifest.job) is running:
-                del self._running[manifest.job]
-            self._log("job left", job=manifest.job)
+            self._forget(host)
 
-    def _check(self, sender: PeerId, assign: Assign, canonical: bytes) -> Manifest:
-        """The manifest, if its submitter signed it and is the one who assigns."""
+    async def _serve(self, stream: Stream, host: JobHost, first: Inquire | Assign) -> None:
+        try:
+            answer = await host.consider(first, stream.peer)
+        except SwarmError as error:
+            self._refuse(stream.peer, error)
+            return
+        if answer is not None and not answer.granted:
+            self._on_dropped("fenced")
+            self._log("not promised", job=host.job, peer=stream.peer, promised=answer.promised)
+            await stream.send(pack(answer))
+            return
+        await host.settled()
+        if not host.is_running:
+            host.begin()
+            self._group.create_task(self._run(host), name=f"job {host.job}")
+        try:
+            await host.serve(stream, first, answer)
+        except* SwarmError as failures:
+            self._log("coordinator lost", job=host.job, reason=str(first_error(failures)))
+
+    async def _run(self, host: JobHost) -> None:
+        """Hold one job until its end; what goes wrong in it ends it, and nothing else."""
+        self._log("job taken", job=host.job, name=host.manifest.name)
+        try:
+            await host.run()
+        except* Exception as failures:
+            self._log("job failed", job=host.job, reason=str(first_error(failures)))
+        finally:
+            self._forget(host)
+            self._log("job left", job=host.job)
+
+    def _forget(self, host: JobHost) -> None:
+        """What is not held in memory is read from the disk when somebody asks again."""
+        idle = not host.is_running and not host.num_asking
+        if idle and self._hosts.get(host.job) is host:
+            del self._hosts[host.job]
+
+    def _refuse(self, peer: PeerId, error: Exception) -> None:
+        self._on_dropped("bad_assignment")
+        self._log("assignment refused", peer=peer, reason=str(error))
+
+    def _check(self, sender: PeerId, first: Inquire | Assign, canonical: bytes) -> Manifest:
+        """The manifest, if its submitter signed it and it gives us something to do."""
         if len(canonical) > MAX_CONTROL_BYTES or not canonical:
             raise ProtocolError("an assignment without a manifest")
         try:
             manifest = check(Manifest, json.loads(canonical), "manifest")
         except (ValueError, RecursionError, ManifestError) as error:
             raise ProtocolError(str(error)) from None
-        if manifest.job != assign.job or manifest.canonical() != canonical:
+        if manifest.job != first.job or manifest.canonical() != canonical:
             raise ProtocolError("the manifest is not the one that its job id names")
-        if not sender == manifest.submitter == assign.plan.coordinator:
-            raise ProtocolError(f"{sender} does not coordinate job {assign.job}")
-        if not verify(manifest.submitter, canonical, assign.signature):
+        if isinstance(first, Assign) and first.plan.coordinator != sender:
+            raise ProtocolError(f"{sender} does not coordinate job {first.job}")
+        if not verify(manifest.submitter, canonical, first.signature):
             raise ProtocolError("the manifest's signature is wrong")
-        if not assign.plan.is_whole or not assign.plan.hosted_by(self._tools.me):
-            raise ProtocolError("an assignment that gives us nothing")
-        if manifest.job not in self._running and len(self._running) >= MAX_JOBS:
+        if isinstance(first, Assign):
+            plan = first.plan
+            if not plan.is_whole or not plan.held_by(self._tools.me):
+                raise ProtocolError("an assignment that gives us nothing")
+        running = [host for host in self._hosts.values() if host.is_running]
+        if len(running) >= MAX_JOBS and manifest.job not in {host.job for host in running}:
             raise ProtocolError(f"this node works for {MAX_JOBS} jobs already")
         return manifest
+
+
+def drop_old_folders(directory: Path, now_s: float) -> None:
+    """Delete the folders of jobs in which nothing was written for KEPT_S."""
+    for folder in directory.iterdir() if directory.is_dir() else ():
+        times = [path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.exists()]
+        if folder.is_dir() and max(times) < now_s - KEPT_S:
+            shutil.rmtree(folder, ignore_errors=True)

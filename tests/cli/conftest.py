@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "http"))
 
+from cli_runner import Cli
 from fake_node import FakeNode
 
 from swarmnode.http.server import serve
@@ -52,3 +53,8 @@ def home(node: FakeNode, tmp_path: Path) -> Iterator[Path]:
     loops[0].call_soon_threadsafe(tasks[0].cancel)
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def cli(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(home, monkeypatch, capsys)

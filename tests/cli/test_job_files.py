@@ -12,6 +12,7 @@ from swarmnode.presets import byte_llama_config
 
 WORDS = {
     str: "text",
+    bool: "true or false",
     int: "integer",
     float: "number",
     dict: "table",
@@ -58,6 +59,8 @@ def kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else "none" if value is None else str(value)
 
 

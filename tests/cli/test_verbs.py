@@ -2,35 +2,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cli_runner import Cli
 from fake_node import JOB, FakeNode
 
-from swarmnode.cli.main import main
-
 MODEL = '[model]\nconfig = "config.json"\n[data]\npath = "text.txt"\n'
-
-
-class Cli:
-    """Runs the command line in this process."""
-
-    def __init__(self, home: Path, monkeypatch: Any, capsys: Any) -> None:
-        self._home, self._monkeypatch, self._capsys = home, monkeypatch, capsys
-
-    def __call__(self, *args: str) -> tuple[int, str, str]:
-        """Exit status, stdout and stderr of `swarmnode ARGS --home HOME`."""
-        argv = ["swarmnode", *args, "--home", str(self._home)]
-        self._monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = self._capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture
-def cli(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(home, monkeypatch, capsys)
 
 
 def test_status_and_peers_show_what_the_node_says(cli: Cli, node: FakeNode) -> None:
@@ -138,6 +115,15 @@ def test_export_and_stop(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
     assert (status, err) == (2, f"swarmnode: {folder} is not empty\n")
     assert "stopped after 3 steps" in cli("stop", "tiny")[1]
     assert node.jobs_[JOB].phase == "stopped"
+
+
+def test_submit_says_what_its_owner_should_know(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f'name = "mine"\n{MODEL}')
+    node.notes_ = ("run.seed differs \x1b[31m",)
+    status, out, err = cli("submit", str(path), "--json")
+    assert (status, err) == (0, "swarmnode: note: run.seed differs \\x1b[31m\n")
+    assert json.loads(out)["notes"] == list(node.notes_)
 
 
 @pytest.mark.parametrize("verb", ["watch", "stop"])

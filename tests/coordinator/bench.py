@@ -3,16 +3,28 @@
 A worker's state is the list of commits that it applied, so equal histories mean equal weights.
 """
 
+import dataclasses
 import hashlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.ledger import Ledger
-from swarmnode.coordinator.replay import replay
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
-from swarmnode.domain import Advert, BlobRef, DeviceSpec, Limits, ModelFacts, PeerId, Plan, SlotId
+from swarmnode.domain import (
+    Advert,
+    BlobRef,
+    DeviceSpec,
+    Generation,
+    JobId,
+    Limits,
+    ModelFacts,
+    PeerId,
+    Plan,
+    SlotId,
+)
 from swarmnode.manifest import (
     BatchConfig,
     DataContent,
@@ -22,17 +34,23 @@ from swarmnode.manifest import (
     RunConfig,
 )
 from swarmnode.messages import (
+    Answer,
     Applied,
     Assign,
     Begin,
     Commit,
     Evaluated,
+    Held,
+    Inquire,
     Message,
     Placed,
+    Prepare,
+    Prepared,
     Ready,
     Release,
     Save,
     Saved,
+    StateSource,
 )
 
 FACTS = ModelFacts(6, 1000, 500, 500, 16, 300, 128, False)
@@ -70,34 +88,63 @@ def manifest(
 
 @dataclass
 class Worker:
-    """One peer: keeps, per stage, the steps that it applied; answers as the protocol asks."""
+    """One peer: keeps, per stage, the steps that it applied; answers as the protocol asks.
+
+    A state is the steps applied so far; a log entry is the update's name, by step.
+    """
 
     peer: PeerId
     batch: BatchConfig
     stages: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    logs: dict[int, dict[int, BlobRef]] = field(default_factory=dict)
     plan: Plan | None = None
+    promised: int = 0
+    promised_to: str = ""
+    adopted: int = 0
+    ready: tuple[Ready, ...] = ()
 
-    def take(self, message: Message, published: dict[BlobRef, tuple[int, ...]]) -> list[Message]:
+    def take(self, sender: PeerId, message: Message, world: "Bench") -> list[Message]:
+        generation = getattr(message, "generation", Generation(self.promised))
         match message:
+            case Inquire(job=job, based_on=based_on):
+                return [
+                    self._answer(job, generation, sender, is_up_to_date=based_on >= self.adopted)
+                ]
+            case Assign(job=job, plan=plan) if plan.generation < self.promised:
+                return [self._answer(job, plan.generation, sender, is_up_to_date=False)]
             case Assign(job=job, plan=plan, step=step, sources=sources):
-                before, self.stages, self.plan = self.stages, {}, plan
+                self.promised, self.promised_to = plan.generation, sender
+                self.adopted = plan.generation
+                before, self.stages, self.plan, self.ready = self.stages, {}, plan, ()
                 for stage, source in sources:
-                    if source.how == "keep":
-                        self.stages[stage] = before[stage]
-                    elif source.how == "fetch":
-                        assert source.index is not None
-                        self.stages[stage] = published[source.index]
-                    else:
-                        self.stages[stage] = ()
+                    self._reach(stage, source, before, message, world)
                     assert len(self.stages[stage]) == step, "state is not at the assigned step"
                 return [Placed(job, plan.generation, step)]
-            case Begin(job=job, generation=generation, step=step, evaluate=evaluate):
+            case Prepare(job=job, plan=plan, step=step, sources=sources):
+                self.plan = self.plan or plan
+                for stage, source in sources:
+                    assert source.index is not None
+                    self.stages.setdefault(stage, world.published[source.index])
+                return [Prepared(job, plan.generation, step)]
+            case Release():
+                self.stages, self.plan, self.logs = {}, None, {}
+            case _ if generation < self.promised and not isinstance(message, Save):
+                return []
+            case Begin(job=job, step=step, evaluate=True):
+                assert self.plan is not None
                 return [
-                    self._answer(job, generation, step, at, evaluate)
-                    for at in self._slots(generation)
-                    if not evaluate or at.stage == self.plan.num_stages - 1
+                    Evaluated(job, generation, step, at, self._losses(at))
+                    for at in self.plan.hosted_by(self.peer)
+                    if at.stage == self.plan.num_stages - 1
                 ]
-            case Commit(job=job, generation=generation, step=step):
+            case Begin(job=job, step=step):
+                assert self.plan is not None
+                self.ready = tuple(
+                    self._ready(job, generation, step, at) for at in self.plan.held_by(self.peer)
+                )
+                return list(self.ready)
+            case Commit(job=job, step=step):
+                self.ready = ()
                 for stage in self.stages:
                     assert len(self.stages[stage]) == step, "a step was lost or applied twice"
                     self.stages[stage] += (step,)
@@ -105,29 +152,75 @@ class Worker:
                     Applied(job, generation, step, stage, digest(stage, history))
                     for stage, history in sorted(self.stages.items())
                 ]
-            case Save(job=job, generation=generation, step=step, stage=stage):
+            case Save(job=job, step=step, stage=stage):
+                if len(self.stages.get(stage, ())) != step:
+                    return []
                 ref = BlobRef(digest(stage, self.stages[stage]).ljust(64, "0"), step + 1)
-                published[ref] = self.stages[stage]
+                world.published[ref] = self.stages[stage]
                 return [Saved(job, generation, step, stage, ref)]
-            case Release():
-                self.stages, self.plan = {}, None
         return []
 
-    def _slots(self, generation: int) -> tuple[SlotId, ...]:
-        assert self.plan is not None
-        assert self.plan.generation == generation
-        return self.plan.hosted_by(self.peer)
-
     def _answer(
-        self, job: str, generation: int, step: int, at: SlotId, evaluate: bool
-    ) -> Ready | Evaluated:
+        self, job: JobId, generation: Generation, sender: PeerId, *, is_up_to_date: bool
+    ) -> Answer:
+        is_new = generation > self.promised
+        is_same = (generation, sender) == (self.promised, self.promised_to)
+        granted = is_up_to_date and (is_new or is_same)
+        if granted:
+            self.promised, self.promised_to = generation, sender
+        held = []
+        for stage, history in sorted(self.stages.items()):
+            assert self.plan is not None
+            start, stop = self.plan.layers[stage]
+            log = sorted(self.logs.get(stage, {})) or [len(history)]
+            log_to = log[-1] + 1 if self.logs.get(stage) else len(history)
+            held.append(Held(stage, start, stop, len(history), log[0], log_to))
+        return Answer(
+            job, generation, granted, Generation(self.promised), PeerId(self.promised_to),
+            tuple(held), self.ready,
+        )  # fmt: skip
+
+    def _reach(
+        self,
+        stage: int,
+        source: StateSource,
+        before: Mapping[int, tuple[int, ...]],
+        assign: Assign,
+        world: "Bench",
+    ) -> None:
+        if source.how == "keep":
+            state = before[stage][: assign.step]
+        elif source.how == "fetch":
+            assert source.index is not None
+            state = world.published[source.index]
+        else:
+            state = ()
+        for commit in assign.commits:
+            if commit.step >= len(state):
+                assert commit.step == len(state), "a committed update is missing"
+                givers = [self, *(world.workers[p] for p in source.providers if p in world.workers)]
+                update = commit.updates[stage]
+                assert any(w.logs.get(stage, {}).get(commit.step) == update for w in givers)
+                self.logs.setdefault(stage, {})[commit.step] = update
+                state += (commit.step,)
+        self.stages[stage] = state
+
+    def _losses(self, at: SlotId) -> tuple[float, ...]:
         assert self.plan is not None
-        is_last = at.stage == self.plan.num_stages - 1
-        owned = tuple(range(at.slot, self.batch.num_microbatches, self.plan.num_slots))
-        losses = tuple(1.0 + mb for mb in owned) if is_last else ()
-        if evaluate:
-            return Evaluated(job, generation, step, at, losses)
-        return Ready(job, generation, step, at, owned, "ab" * 8, ((at.stage, 4.0),), losses)
+        is_last = at.stage == self.plan.num_stages - 1 and self.plan.computes(at)
+        return tuple(1.0 + mb for mb in self._owned(at)) if is_last else ()
+
+    def _owned(self, at: SlotId) -> tuple[int, ...]:
+        assert self.plan is not None
+        if not self.plan.computes(at):
+            return ()
+        return tuple(range(at.slot, self.batch.num_microbatches, self.plan.num_slots))
+
+    def _ready(self, job: JobId, generation: Generation, step: int, at: SlotId) -> Ready:
+        update = BlobRef(digest(at.stage, (*self.stages[at.stage], step)), 1)
+        self.logs.setdefault(at.stage, {})[step] = update
+        squares = ((at.stage, 4.0),)
+        return Ready(job, generation, step, at, self._owned(at), update, squares, self._losses(at))
 
 
 def digest(stage: int, history: tuple[int, ...]) -> str:
@@ -143,7 +236,7 @@ class Bench:
         self.job = job
         self.now_s = 0.0
         self.ledger = Ledger(job, FACTS, PeerId("a"), b"", self.now_s)
-        replay(self.ledger, records or [])
+        self.ledger.restore(records or [])
         self.adverts = {PeerId(name): advert(name) for name in names}
         self.workers = {peer: Worker(peer, job.batch) for peer in self.adverts}
         self.journal: list[on.Record] = list(records or [])
@@ -166,8 +259,10 @@ class Bench:
                 case on.Send(peer, message):
                     self.sent.append(effect)
                     if peer in self.workers:
-                        for answer in self.workers[peer].take(message, self.published):
+                        for answer in self.workers[peer].take(self.ledger.me, message, self):
                             self.inbox.append(on.Heard(peer, answer))
+                    elif isinstance(message, Inquire | Assign):
+                        self.inbox.append(on.WorkerLost(peer, "cannot be reached"))
                 case on.Improve(request):
                     self.inbox.append(on.Improved(request.plan.generation, self.improve(request)))
                 case on.StoreState(stage, step, index):
@@ -185,7 +280,8 @@ class Bench:
 
     def next(self) -> on.Event:
         event = self.inbox.popleft()
-        if not isinstance(event, on.Heard) or event.peer in self.workers:
+        is_of_the_dead = isinstance(event, on.Heard) and event.peer not in self.workers
+        if not is_of_the_dead:
             self.feed(event)
         return event
 
@@ -194,9 +290,11 @@ class Bench:
         for _ in range(max_events):
             if self.ledger.phase == until:
                 return
-            assert self.inbox, f"stuck in {self.ledger.phase}: {self.ledger.reason}"
-            self.next()
-        raise AssertionError(f"still {self.ledger.phase} after {max_events} events")
+            if not self.inbox:
+                self.tick(1.0)
+            else:
+                self.next()
+        raise AssertionError(f"still {self.ledger.phase}: {self.ledger.reason}")
 
     def kill(self, name: str) -> None:
         """The peer is gone, with its state; the ledger hears of it at once."""
@@ -204,6 +302,36 @@ class Bench:
         del self.workers[peer]
         self.feed(on.WorkerLost(peer, "killed"))
 
+    def revive(self, name: str) -> None:
+        """The peer is here again, started anew, with nothing."""
+        newcomer = advert(name, until_s=1e9 + self.now_s + 1)
+        self.adverts[newcomer.peer] = newcomer
+        self.workers[newcomer.peer] = Worker(newcomer.peer, self.job.batch)
+        self.start()
+
+    def forget_messages(self) -> None:
+        """What is under way is lost, and no worker has finished its part of the step."""
+        self.inbox.clear()
+        for worker in self.workers.values():
+            worker.ready = ()
+
+    def say_ready(self, **changes: object) -> None:
+        """The first Ready under way says something else, and so does its worker when asked."""
+        while not any(isinstance(e, on.Heard) and isinstance(e.message, Ready) for e in self.inbox):
+            self.next()
+        first = next(
+            e for e in self.inbox if isinstance(e, on.Heard) and isinstance(e.message, Ready)
+        )
+        assert isinstance(first.message, Ready)
+        said = dataclasses.replace(first.message, **changes)
+        self.inbox[self.inbox.index(first)] = on.Heard(first.peer, said)
+        worker = self.workers[first.peer]
+        worker.ready = tuple(said if r == first.message else r for r in worker.ready)
+
     def commits(self) -> list[int]:
         """Steps as they were committed, in order, repeats included."""
         return [record.step for record in self.journal if isinstance(record, on.CommitRecord)]
+
+
+def histories(bench: Bench) -> set[tuple[int, ...]]:
+    return {history for worker in bench.workers.values() for history in worker.stages.values()}

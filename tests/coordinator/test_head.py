@@ -12,9 +12,15 @@ import pytest
 from swarmnode.coordinator.head import LOOK_S, MAX_ATTEMPTS, TOKEN_TIMEOUT_S, Head
 from swarmnode.domain import Generation, JobId, PeerId, Plan
 from swarmnode.errors import CapacityError, PeerLostError
-from swarmnode.messages import Sampling, SessionClose, SessionFailed, SessionFrame, SessionToken
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.switch import Switch, TensorMessage
+from swarmnode.session_messages import (
+    Sampling,
+    SessionClose,
+    SessionFailed,
+    SessionFrame,
+    SessionToken,
+)
 
 ResultT = TypeVar("ResultT")
 JOB = JobId("0123456789abcdef")

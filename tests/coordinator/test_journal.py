@@ -7,6 +7,7 @@ import resource
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,24 +21,59 @@ from swarmnode.coordinator.events import (
     EvaluationRecord,
     Record,
     StartedRecord,
+    SubmittedRecord,
 )
-from swarmnode.coordinator.journal import Journal, read_journal
-from swarmnode.domain import BlobRef, Generation
+from swarmnode.coordinator.job_state import JobState
+from swarmnode.coordinator.journal import (
+    FOLD_AT_LINES,
+    Journal,
+    _line,
+    count_lines,
+    fold,
+    read_journal,
+)
+from swarmnode.coordinator.standby import StandbyJournals
+from swarmnode.domain import BlobRef, Generation, JobId, PeerId
+from swarmnode.messages import (
+    MAX_ENTRY_BYTES,
+)
+from tests.coordinator.bench import FACTS, manifest
 
 counts = st.integers(0, 1 << 62)
 generations = counts.map(Generation)
 numbers = st.floats(allow_nan=False)
 blobs = st.builds(BlobRef, st.text("0123456789abcdef", min_size=64, max_size=64), counts)
+peers = st.text(max_size=9).map(PeerId)
+grids = st.lists(st.lists(peers, max_size=2).map(tuple), max_size=2).map(tuple)
 records = st.one_of(
-    st.builds(StartedRecord, generations, counts),
-    st.builds(CommitRecord, generations, counts, numbers, numbers, st.tuples(st.text(max_size=9))),
+    st.builds(
+        StartedRecord,
+        generations,
+        counts,
+        peers,
+        st.lists(st.tuples(counts, counts), max_size=2).map(tuple),
+        grids,
+        grids,
+        st.lists(peers, max_size=3).map(tuple),
+        st.dictionaries(peers, st.tuples(st.text(max_size=9)), max_size=2),
+    ),
+    st.builds(CommitRecord, generations, counts, numbers, numbers, st.tuples(blobs)),
     st.builds(CheckpointRecord, counts, st.lists(blobs, max_size=2).map(tuple)),
     st.builds(EvaluationRecord, counts, numbers),
     st.builds(EndRecord, st.sampled_from(["stopped", "failed"]), st.text(max_size=30)),
 )
 SOME: list[Record] = [
-    StartedRecord(Generation(1), 0),
-    CommitRecord(Generation(1), 0, 0.5, 5.25, ("ab" * 8, "cd" * 8)),
+    StartedRecord(
+        Generation(1),
+        0,
+        PeerId("a"),
+        ((0, 2),),
+        ((PeerId("a"),),),
+        ((PeerId("b"),),),
+        (PeerId("a"), PeerId("b")),
+        {PeerId("a"): ("/ip4/127.0.0.1/tcp/1",)},
+    ),
+    CommitRecord(Generation(1), 0, 0.5, 5.25, (BlobRef("ab" * 32, 9), BlobRef("cd" * 32, 8))),
     CheckpointRecord(1, (BlobRef("0" * 64, 7),)),
     EvaluationRecord(1, 5.0),
     EndRecord("stopped", "two words\nand a line"),
@@ -226,3 +262,84 @@ def test_a_record_that_did_not_fit_on_the_disk_never_appears(path: Path, room: i
     journal.append(SOME[0])
     journal.close()
     assert read_journal(path)[0] == [*SOME, SOME[0]]
+
+
+def test_the_lines_of_a_journal_come_in_pieces_that_fit_a_message(path: Path) -> None:
+    journal = Journal(path)
+    long = EndRecord("stopped", "x" * 4000)
+    for _ in range(300):
+        journal.append(long)
+    again = Journal(path)
+    data = path.read_bytes()
+    for source in (journal, again):
+        pieces = list(source.lines(0))
+        assert b"".join(lines for _, lines in pieces) == data
+        assert len(pieces) > 1
+        assert all(len(lines) <= MAX_ENTRY_BYTES for _, lines in pieces)
+        assert [n for n, _ in pieces] == [
+            sum(lines.count(b"\n") for _, lines in pieces[:i]) for i in range(len(pieces))
+        ]
+        assert list(source.lines(299)) == [(299, data.splitlines(keepends=True)[-1])]
+        assert not list(source.lines(300))
+        source.close()
+
+
+def test_a_long_journal_is_folded_and_says_the_same(path: Path, tmp_path: Path) -> None:
+    first = SubmittedRecord(FACTS)
+    started = SOME[0]
+    updates = (BlobRef("ab" * 32, 9),)
+    num_steps = FOLD_AT_LINES + 500
+    commits = [
+        CommitRecord(Generation(1), step, 1.0, 1.0 / (step + 1), updates)
+        for step in range(num_steps)
+    ]
+    written: list[Record] = [first, started, *commits]
+    written[3000:3000] = [EvaluationRecord(2998, 4.5), CheckpointRecord(2998, (updates[0],))]
+    last = CheckpointRecord(num_steps, (updates[0],))
+    path.write_bytes(b"".join(_line(record) for record in written))
+    journal = Journal(path)
+    before = path.stat().st_size
+    journal.append(last)
+    journal.fold_if_long()
+    written.append(last)
+    assert path.stat().st_size < before / 2
+    assert journal.num_lines == len(written)
+    again = Journal(path)
+    assert again.num_lines == len(written)
+    assert [record.step for record in again.checkpoints] == [2998, num_steps]
+    whole, folded = states(written), states(again.found)
+    assert folded.progress.losses == whole.progress.losses
+    assert folded.progress.validation == whole.progress.validation
+    assert (folded.step, folded.plan, folded.generation) == (whole.step, whole.plan, 1)
+    assert folded.commits.since(num_steps - 900, num_steps) is not None
+    assert folded.commits.since(num_steps - 900, num_steps) == whole.commits.since(
+        num_steps - 900, num_steps
+    )
+    standby = StandbyJournals(tmp_path / "standby")  # is told all of it, and goes on from there
+    job = JobId("0" * 16)
+    for number, lines in again.lines(0):
+        standby.take(job, number, lines)
+    assert standby.num_lines(job) == len(written)
+    again.append(EvaluationRecord(num_steps, 1.0))
+    for number, lines in again.lines(len(written)):
+        standby.take(job, number, lines)
+    assert standby.num_lines(job) == len(written) + 1
+    assert read_journal(standby.path(job))[0] == read_journal(path)[0]
+    assert next(iter(again.lines(17)))[0] == 0, "folded away: all of it"
+    journal.close()
+    again.close()
+
+
+def test_folding_twice_changes_nothing_more() -> None:
+    updates = (BlobRef("ab" * 32, 9),)
+    commits = [CommitRecord(Generation(1), s, 1.0, 1.0 / (s + 1), updates) for s in range(5000)]
+    once = fold([SubmittedRecord(FACTS), SOME[0], *commits])
+    twice = fold([*once, *(replace(commit, step=5000 + commit.step) for commit in commits)])
+    assert states(twice).progress.losses == [c.loss for c in commits] * 2
+    assert count_lines(twice) == 2 + 2 * len(commits)
+
+
+def states(some: list[Record]) -> JobState:
+    state = JobState(manifest(steps=10_000), FACTS, PeerId("a"), 0.0)
+    state.restore(some)
+    return state

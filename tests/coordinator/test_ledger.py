@@ -5,17 +5,19 @@ import dataclasses
 import pytest
 
 from swarmnode.coordinator import events as on
-from swarmnode.coordinator.solver.fill import solve
-from swarmnode.coordinator.solver.request import Improvement
-from swarmnode.domain import Generation, PeerId
-from swarmnode.messages import Assign, Commit, Failed, LinkBroken, Ready
-from tests.coordinator.bench import BLOB, Bench, advert, manifest
+from swarmnode.domain import BlobRef, Generation, PeerId
+from swarmnode.messages import (
+    Answer,
+    Assign,
+    Begin,
+    Commit,
+    Failed,
+    LinkBroken,
+    Ready,
+)
+from tests.coordinator.bench import BLOB, Bench, Worker, advert, histories, manifest
 
 STEPS = 5
-
-
-def histories(bench: Bench) -> set[tuple[int, ...]]:
-    return {history for worker in bench.workers.values() for history in worker.stages.values()}
 
 
 def test_an_undisturbed_job_commits_each_step_once_and_serves() -> None:
@@ -50,14 +52,37 @@ def test_a_worker_killed_after_any_event_loses_no_step_and_repeats_none(victim: 
         assert histories(bench) == {tuple(range(STEPS))}
 
 
-def test_when_a_stage_is_lost_for_good_the_job_goes_back_to_the_checkpoint() -> None:
+def test_where_one_machine_hosts_a_stage_another_shadows_it_and_takes_over() -> None:
+    for victim in "bc":
+        bench = Bench(manifest(slots=1, steps=STEPS), "abc").start()
+        while bench.ledger.step < 3:
+            bench.next()
+        plan = bench.ledger.plan
+        assert plan is not None
+        assert all(len(set(plan.holders(stage))) == 2 for stage in range(plan.num_stages))
+        bench.kill(victim)
+        bench.run()
+        assert histories(bench) == {tuple(range(STEPS))}
+        assert bench.commits() == list(range(STEPS)), "nothing is computed twice"
+
+
+def test_a_stage_that_nobody_has_any_more_is_looked_for_and_then_the_checkpoint_must_do() -> None:
     bench = Bench(manifest(slots=1, steps=STEPS, checkpoint_every=2), "abc").start()
     while bench.ledger.step < 3 or bench.ledger.checkpoint is None:
         bench.next()
     plan = bench.ledger.plan
     assert plan is not None
-    victim = next(row[0] for row in plan.slots if row[0] != "a")
-    bench.kill(victim)
+    stage = next(s for s in range(2) if "a" not in plan.holders(s))
+    for victim in plan.holders(stage):
+        bench.kill(victim)
+    for _ in range(5):
+        bench.tick(1.0)
+    assert bench.ledger.phase == "placing", "one of three nodes decides nothing alone"
+    bench.forget_messages()
+    for victim in plan.holders(stage):
+        bench.revive(victim)
+    while not bench.ledger.reason.startswith("nobody here has stage"):
+        bench.next() if bench.inbox else bench.tick(1.0)
     bench.run()
     assert histories(bench) == {tuple(range(STEPS))}
     assert bench.commits() == [0, 1, 2, 2, 3, 4], "steps after the checkpoint are done again"
@@ -80,40 +105,53 @@ def test_a_message_of_an_older_generation_changes_nothing() -> None:
     assert bench.commits() == list(range(STEPS))
 
 
-def test_gradients_that_differ_within_a_stage_are_not_committed() -> None:
+@pytest.mark.parametrize("is_update", [True, False], ids=["another gradient", "counted twice"])
+def test_what_cannot_be_true_is_not_committed(is_update: bool) -> None:
     bench = Bench(manifest(steps=1), "abcd").start()
     while bench.ledger.phase != "training":
         bench.next()
-    first = bench.inbox.popleft()
-    assert isinstance(first, on.Heard)
-    assert isinstance(first.message, Ready)
-    bench.inbox.appendleft(
-        on.Heard(first.peer, dataclasses.replace(first.message, digest="cd" * 8))
-    )
-    generation = bench.ledger.generation
-    while bench.ledger.generation == generation:
+    wrong = {"update": BlobRef("cd" * 32, 1)} if is_update else {"microbatches": (0, 2, 0)}
+    bench.say_ready(**wrong)
+    while not bench.ledger.reason:
         bench.next()
     assert bench.commits() == []
+    assert ("another gradient" if is_update else "counted") in bench.ledger.reason
     bench.run()
     assert bench.commits() == [0]
 
 
-def test_a_slot_that_counted_a_microbatch_twice_is_not_committed() -> None:
-    bench = Bench(manifest(steps=1), "abcd").start()
-    while bench.ledger.phase != "training":
-        bench.next()
-    first = bench.inbox.popleft()
-    assert isinstance(first, on.Heard)
-    assert isinstance(first.message, Ready)
-    twice = (*first.message.microbatches, first.message.microbatches[0])
-    bench.inbox.appendleft(
-        on.Heard(first.peer, dataclasses.replace(first.message, microbatches=twice))
-    )
-    generation = bench.ledger.generation
-    while bench.ledger.generation == generation:
-        bench.next()
-    assert bench.commits() == []
-    assert "counted" in bench.ledger.reason
+def test_a_step_that_all_had_ready_is_committed_although_its_coordinator_died() -> None:
+    first = Bench(manifest(steps=STEPS), "abcd").start()
+    while first.ledger.phase != "training" or first.ledger.step < 2:
+        first.next()
+    assert all(worker.ready for worker in first.workers.values())
+    second = Bench(manifest(steps=STEPS), "abcd", records=first.journal)
+    second.workers, second.published = first.workers, first.published
+    began = sum(isinstance(s.message, Begin) for s in first.sent)
+    second.start()
+    second.run()
+    assert second.commits() == list(range(STEPS))
+    steps = [s.message.step for s in second.sent if isinstance(s.message, Begin)]
+    assert began
+    assert min(steps) == 3, "step 2 was ready everywhere: nobody computes it again"
+
+
+def test_a_commit_that_some_workers_missed_reaches_them_with_the_next_generation() -> None:
+    first = Bench(manifest(steps=STEPS), "abcd").start()
+    while first.ledger.step < 2:
+        first.next()
+    plan = first.ledger.plan
+    assert plan is not None
+    late = first.workers[plan.slots[0][0]]
+    for stage, history in late.stages.items():  # the commit of step 1 never arrived there
+        late.stages[stage] = history[:1]
+    second = Bench(manifest(steps=STEPS), "abcd", records=first.journal)
+    second.workers, second.published = first.workers, first.published
+    second.forget_messages()
+    second.start()
+    second.run()
+    assert second.commits() == list(range(STEPS))
+    assert histories(second) == {tuple(range(STEPS))}
 
 
 def test_a_peer_cannot_vote_for_a_slot_that_it_does_not_host() -> None:
@@ -146,66 +184,6 @@ def test_too_few_peers_wait_and_go_on_when_one_comes() -> None:
     assert histories(bench) == {tuple(range(STEPS))}
 
 
-def with_a_newcomer(names: str, *, move_s: float = 0.0, settled_s: float = 10.0) -> Bench:
-    """A job on `names` in which somebody new arrives after the first step."""
-    bench = Bench(manifest(steps=STEPS), names).start()
-    bench.move_s = move_s
-    while bench.ledger.step < 1:
-        bench.next()
-    newcomer = advert("e")
-    bench.adverts[newcomer.peer] = newcomer
-    bench.workers[newcomer.peer] = type(bench.workers[PeerId("a")])(newcomer.peer, bench.job.batch)
-    bench.start()
-    bench.tick(settled_s)
-    bench.run()
-    assert bench.ledger.plan is not None
-    return bench
-
-
-def test_a_newcomer_takes_a_slot_from_a_peer_that_hosts_two() -> None:
-    bench = with_a_newcomer("abc")
-    assert PeerId("e") in bench.ledger.plan.workers()
-    assert bench.commits() == list(range(STEPS))
-    assert histories(bench) == {tuple(range(STEPS))}
-
-
-@pytest.mark.parametrize(
-    ("names", "move_s", "settled_s"),
-    [("abcd", 0.0, 10.0), ("abc", 1e6, 10.0), ("abc", 0.0, 0.0)],
-    ids=["no faster step", "a move that never pays", "right after another change"],
-)
-def test_nothing_moves_without_a_reason(names: str, move_s: float, settled_s: float) -> None:
-    bench = with_a_newcomer(names, move_s=move_s, settled_s=settled_s)
-    assert bench.ledger.generation == 1
-    assert PeerId("e") not in bench.ledger.plan.workers()
-
-
-def test_a_better_placement_found_for_an_older_generation_is_not_taken() -> None:
-    bench = Bench(manifest(steps=STEPS), "abc").start()
-    while bench.ledger.step < 1:
-        bench.next()
-    plan = bench.ledger.plan
-    assert plan is not None
-    found = Improvement(solve([advert("a")], bench.ledger.facts, bench.job), None, 0.0)
-    bench.feed(on.Improved(Generation(plan.generation - 1), found))
-    assert bench.ledger.replanning.chosen is None
-    bench.feed(on.Improved(plan.generation, found))
-    assert bench.ledger.replanning.chosen == found.decision
-
-
-def test_a_better_placement_whose_machine_died_meanwhile_is_not_taken() -> None:
-    bench = Bench(manifest(steps=STEPS), "abcd").start()
-    while bench.ledger.step < 1:
-        bench.next()
-    assert bench.ledger.plan is not None
-    decision = solve(tuple(bench.adverts.values()), bench.ledger.facts, bench.job)
-    bench.feed(on.Improved(bench.ledger.plan.generation, Improvement(decision, None, 0.0)))
-    bench.kill("d")
-    bench.run()
-    assert PeerId("d") not in bench.ledger.plan.workers()
-    assert histories(bench) == {tuple(range(STEPS))}
-
-
 def test_a_lost_peer_gets_no_work_until_its_advert_is_renewed() -> None:
     bench = Bench(manifest(steps=STEPS), "abcd").start()
     bench.kill("d")
@@ -230,7 +208,7 @@ def test_a_broken_link_between_live_workers_begins_the_step_again() -> None:
     bench = Bench(manifest(steps=STEPS), "abcd").start()
     while bench.ledger.phase != "training":
         bench.next()
-    bench.inbox.clear()
+    bench.forget_messages()
     ledger = bench.ledger
     broken = LinkBroken(ledger.job, ledger.generation, PeerId("c"), "reset")
     bench.feed(on.Heard(PeerId("b"), broken))
@@ -244,17 +222,26 @@ def test_a_broken_link_between_live_workers_begins_the_step_again() -> None:
 
 
 def fail(bench: Bench, name: str) -> None:
-    bench.inbox.clear()
-    failure = Failed(bench.ledger.job, bench.ledger.generation, "out of memory")
-    bench.feed(on.Heard(PeerId(name), failure))
+    """Once a generation has begun with `name`, it cannot do its part."""
+    peer = PeerId(name)
+    for _ in range(50):
+        is_open = any(
+            isinstance(e, on.Heard) and isinstance(e.message, Answer) for e in bench.inbox
+        )
+        if bench.ledger.is_over or not (is_open or bench.ledger.phase == "waiting"):
+            break
+        bench.next() if bench.inbox else bench.tick(1.0)
+    plan = bench.ledger.plan
+    if plan is not None and peer in plan.workers():
+        bench.forget_messages()
+        failure = Failed(bench.ledger.job, bench.ledger.generation, "out of memory")
+        bench.feed(on.Heard(peer, failure))
 
 
 def test_a_worker_that_fails_again_and_again_is_replaced_and_the_job_goes_on() -> None:
     bench = Bench(manifest(steps=STEPS), "abcd").start()
     for _ in range(20):
-        if bench.ledger.plan is not None and "b" in bench.ledger.plan.workers():
-            fail(bench, "b")
-    assert bench.ledger.phase == "placing"
+        fail(bench, "b")
     bench.run()
     assert bench.commits() == list(range(STEPS))
 
@@ -268,27 +255,28 @@ def test_a_job_that_nobody_can_do_fails_with_the_reason() -> None:
         bench.adverts = {p: advert(p, until_s=1e9 + moment) for p in bench.adverts}
         bench.start()
         for name in "abcd":
-            if bench.ledger.plan is not None and name in bench.ledger.plan.workers():
-                fail(bench, name)
+            fail(bench, name)
     assert bench.ledger.phase == "failed"
     assert "out of memory" in bench.ledger.reason
 
 
-def test_impossible_numbers_from_a_worker_cost_that_worker_its_place_not_the_job() -> None:
-    for change in (
+@pytest.mark.parametrize(
+    "change",
+    [
         {"sums_of_squares": ((0, -1.0),)},
         {"sums_of_squares": ((0, float("nan")),)},
         {"losses": (float("inf"), float("-inf"))},
-    ):
-        bench = Bench(manifest(steps=1), "abcd").start()
-        while bench.ledger.phase != "training":
-            bench.next()
-        first = bench.inbox.popleft()
-        assert isinstance(first, on.Heard)
-        assert isinstance(first.message, Ready)
-        bench.inbox.append(on.Heard(first.peer, dataclasses.replace(first.message, **change)))
-        bench.run()
-        assert bench.commits() == [0], change
+    ],
+)
+def test_impossible_numbers_from_a_worker_cost_that_worker_its_place_not_the_job(
+    change: dict[str, object],
+) -> None:
+    bench = Bench(manifest(steps=1), "abcd").start()
+    while bench.ledger.phase != "training":
+        bench.next()
+    bench.say_ready(**change)
+    bench.run()
+    assert bench.commits() == [0], change
 
 
 def test_a_link_that_breaks_again_costs_an_end_its_place() -> None:
@@ -300,7 +288,7 @@ def test_a_link_that_breaks_again_costs_an_end_its_place() -> None:
         assert plan is not None
         if not {"b", "c"} <= set(plan.workers()):
             break
-        bench.inbox.clear()
+        bench.forget_messages()
         broken = LinkBroken(bench.ledger.job, bench.ledger.generation, PeerId("c"), "reset")
         bench.feed(on.Heard(PeerId("b"), broken))
         bench.now_s += 3.0
@@ -325,18 +313,38 @@ def test_a_checkpoint_is_complete_only_with_the_states_that_were_named() -> None
     assert len(bench.ledger.checkpoint.indexes) == 2
 
 
-def test_a_restarted_coordinator_goes_on_from_the_checkpoint_with_a_higher_generation() -> None:
+def test_where_nobody_kept_anything_a_restarted_coordinator_goes_on_from_the_checkpoint() -> None:
     first = Bench(manifest(steps=STEPS, checkpoint_every=2), "abcd").start()
     while first.ledger.checkpoint is None:
         first.next()
     second = Bench(manifest(steps=STEPS, checkpoint_every=2), "abcd", records=first.journal)
     second.published = first.published
     second.start()
-    assert second.ledger.generation > first.ledger.generation
-    assert second.ledger.step == first.ledger.checkpoint.step
     second.run()
+    assert second.ledger.generation > first.ledger.generation
     assert histories(second) == {tuple(range(STEPS))}
     assert second.ledger.progress.losses == [2.5] * STEPS
+
+
+def test_a_coordinator_that_a_majority_left_steps_down() -> None:
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    while bench.ledger.step < 2:
+        bench.next()
+    bench.forget_messages()
+    for name in "bcd":
+        worker = bench.workers[PeerId(name)]
+        worker.promised, worker.promised_to, worker.adopted = 7, "c", 7
+    bench.kill("b")
+    bench.forget_messages()
+    again = Worker(PeerId("b"), bench.job.batch, promised=7, promised_to="c", adopted=7)
+    bench.workers[again.peer] = again
+    for _ in range(60):
+        bench.next() if bench.inbox else bench.tick(1.0)
+        if bench.ledger.is_over:
+            break
+    assert bench.ledger.phase == "handed over"
+    assert bench.ledger.successor == "c"
+    assert bench.commits() == [0, 1], "it commits nothing any more"
 
 
 def test_the_commit_is_in_the_journal_before_any_worker_hears_of_it() -> None:

@@ -7,7 +7,9 @@ from swarmnode.coordinator.replanning import PATIENCE_S, PERIOD_S, SETTLE_S, Rep
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.coordinator.solver.request import Improvement
 from swarmnode.domain import Generation, PeerId
-from swarmnode.messages import LinkReport
+from swarmnode.messages import (
+    LinkReport,
+)
 from tests.coordinator.bench import advert
 
 A, B = PeerId("a"), PeerId("b")

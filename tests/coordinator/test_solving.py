@@ -29,7 +29,7 @@ def placed(stages: int = 2, slots: int = 2, min_peers: int = 1, **more: object) 
 
 def running(job: PlacedJob, names: str) -> Plan:
     decision = solve([advert(name) for name in names], FACTS, job)
-    return decision.plan(Generation(1), ME, {})
+    return decision.plan(Generation(1), ME, {}, (), (ME,))
 
 
 def improve(

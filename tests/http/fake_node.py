@@ -16,10 +16,21 @@ from swarmnode.errors import (
     NotFoundError,
     PeerLostError,
 )
-from swarmnode.http.api import JobView, ModelView, NodeView, PeerView, Token
+from swarmnode.http.api import (
+    CheckpointView,
+    JobView,
+    ModelView,
+    NodeView,
+    PeerView,
+    Token,
+    Work,
+)
 from swarmnode.http.server import serve
 from swarmnode.manifest import parse_job
-from swarmnode.messages import Sampling
+from swarmnode.p2p.checkpoint_files import Audit
+from swarmnode.session_messages import (
+    Sampling,
+)
 from swarmnode.telemetry import Metrics
 
 JOB = JobId("00112233aabbccdd")
@@ -71,8 +82,12 @@ class FakeNode:
     """The route breaks after this many tokens."""
     pause_after: int | None = None
     """The model says nothing more after this many tokens."""
+    notes_: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    """What is wrong with the checkpoint."""
     prompts: list[tuple[list[int], int, Sampling]] = field(default_factory=list)
     num_open: int = 0
+    finished: int = 0
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,6 +100,9 @@ class FakeNode:
             http_address="http://127.0.0.1:8080", uptime_s=12.5, num_peers=3, device="a cpu",
             hosted=(f"{JOB} 0/0",), pids={"daemon": 1}, dropped={"stale_frame": 2},
         )  # fmt: skip
+
+    def finish(self) -> None:
+        self.finished += 1
 
     def peers(self) -> tuple[PeerView, ...]:
         return tuple(
@@ -138,6 +156,29 @@ class FakeNode:
             raise BusyError(f"{directory} is not empty")
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text("{}")
+
+    def notes(self, job: str) -> tuple[str, ...]:
+        return self.notes_
+
+    async def checkpoints(self, job: str) -> tuple[CheckpointView, ...]:
+        view = self.job(job)
+        hashes = ("a" * 64, "b" * 64)
+        signer = "12D3KooWA"
+        return (CheckpointView(view.step, 1, 1.7e9, 4.2, 6, 3 << 20, *hashes, None, signer),)
+
+    async def verify_checkpoints(self, job: str) -> AsyncIterator[Work]:
+        step = self.job(job).step
+        yield Work(1 << 20, 3 << 20)
+        yield Work(3 << 20, 3 << 20, audits=(Audit(step, "a" * 64, self.problems),))
+
+    async def export_checkpoint(
+        self, job: str, directory: Path, step: int | None
+    ) -> AsyncIterator[Work]:
+        if step is not None and step != self.job(job).step:
+            raise NotFoundError(f"no checkpoint after step {step}")
+        yield Work(1 << 20, 3 << 20)
+        await asyncio.to_thread(self._write, directory)
+        yield Work(3 << 20, 3 << 20, step=self.job(job).step)
 
     def models(self) -> tuple[ModelView, ...]:
         return (self.model_,)

@@ -30,6 +30,9 @@ async def test_without_the_token_every_verb_is_refused(
         ("GET", "/api/jobs"),
         ("POST", "/api/jobs"),
         ("POST", f"/api/jobs/{JOB}/stop"),
+        ("GET", f"/api/jobs/{JOB}/checkpoints"),
+        ("POST", f"/api/jobs/{JOB}/checkpoints/verify"),
+        ("POST", f"/api/jobs/{JOB}/checkpoints/export"),
     ]:
         answer = await client.request(method, path, headers=headers)
         assert answer.status_code == 401

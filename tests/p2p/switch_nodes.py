@@ -11,15 +11,17 @@ import async_solipsism
 from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.messages import (
     Frame,
+)
+from swarmnode.p2p.memory import MemoryNetwork
+from swarmnode.p2p.ports import Stream
+from swarmnode.p2p.switch import Switch, TensorMessage
+from swarmnode.session_messages import (
     Sampling,
     SessionClose,
     SessionFailed,
     SessionFrame,
     SessionToken,
 )
-from swarmnode.p2p.memory import MemoryNetwork
-from swarmnode.p2p.ports import Stream
-from swarmnode.p2p.switch import Switch, TensorMessage
 from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL
 
 ResultT = TypeVar("ResultT")

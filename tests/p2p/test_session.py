@@ -11,7 +11,12 @@ import pytest
 
 from swarmnode.domain import Generation, JobId, PeerId
 from swarmnode.errors import FrameTooLargeError, PeerLostError, ProtocolError, SwarmError
-from swarmnode.messages import Begin, Message, Ping, Release
+from swarmnode.messages import (
+    Begin,
+    Message,
+    Ping,
+    Release,
+)
 from swarmnode.p2p.framing import WINDOW_BYTES
 from swarmnode.p2p.memory import MemoryStream, stream_pair
 from swarmnode.p2p.session import (

@@ -1,5 +1,7 @@
 """The switch: frames reach the slot they name; what has no business here is dropped and counted."""
 
+from dataclasses import replace
+
 import pytest
 from switch_nodes import (
     CLOSE,
@@ -23,9 +25,17 @@ from switch_nodes import (
 
 from swarmnode.domain import Generation, JobId, Plan
 from swarmnode.errors import PeerLostError, ProtocolError
-from swarmnode.messages import Frame, Message, Ping, SessionClose, SessionFrame
+from swarmnode.messages import (
+    Frame,
+    Message,
+    Ping,
+)
 from swarmnode.p2p.ports import EndOfStream
 from swarmnode.p2p.switch import TensorMessage
+from swarmnode.session_messages import (
+    SessionClose,
+    SessionFrame,
+)
 from swarmnode.wire import TENSOR_PROTOCOL, pack
 
 # ---- delivery ----------------------------------------------------------------------------------
@@ -246,5 +256,42 @@ def test_sending_to_a_slot_that_the_plan_does_not_have_is_an_error() -> None:
             a = s.node(A, plan())
             with pytest.raises(ProtocolError, match="no slot"):
                 await a.switch.send(frame(0, 2))
+
+    virtual(scenario())
+
+
+def test_below_a_fence_nothing_is_passed_on_in_or_out() -> None:
+    async def scenario() -> None:
+        async with swarm() as s:
+            a, b = s.node(A, plan()), s.node(B, plan())
+            await a.switch.send(frame(0, 1))
+            await settle()
+            assert len(b.worker) == 1
+            b.switch.fence(JOB, 2)
+            await a.switch.send(frame(0, 1, mb=1))
+            await b.switch.send(frame(1, 0))
+            await settle()
+            assert len(b.worker) == 1
+            assert b.dropped == {"stale_frame": 2}
+            assert a.worker == []
+            for node in (a, b):
+                node.join(plan(generation=2))
+            await a.switch.send(frame(0, 1, generation=2))
+            await settle()
+            assert len(b.worker) == 2
+
+    virtual(scenario())
+
+
+def test_a_shadow_is_addressed_behind_the_slots() -> None:
+    async def scenario() -> None:
+        async with swarm() as s:
+            watched = replace(plan(), shadows=((C,), ()))
+            a, c = s.node(A, watched), s.node(C, watched)
+            await a.switch.send(frame(0, 0, slot=1), b"reduced")
+            await settle()
+            assert [payload for _, payload in c.worker] == [b"reduced"]
+            with pytest.raises(ProtocolError):
+                await a.switch.send(frame(0, 0, slot=2))
 
     virtual(scenario())

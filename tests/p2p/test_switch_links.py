@@ -20,7 +20,9 @@ from switch_nodes import (
 )
 
 from swarmnode.errors import RefusedError
-from swarmnode.messages import Frame
+from swarmnode.messages import (
+    Frame,
+)
 from swarmnode.p2p import switch as switches
 from swarmnode.p2p.links import LARGE_BYTES as LINK_BYTES
 from swarmnode.p2p.memory import MemoryStream

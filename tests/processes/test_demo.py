@@ -12,12 +12,14 @@ import psutil
 import pytest
 
 from swarmnode.cli.local_swarm import LocalSwarm
+from swarmnode.cli.weights_hash import weights_sha256
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 KEYS = [
     "steps", "first_loss", "final_loss", "val_loss", "seconds", "tokens_per_s",
-    "bytes_activation", "bytes_gradient", "killed_peer", "recovery_s", "generations",
-    "export_dir", "endpoint", "samples",
+    "bytes_activation", "bytes_gradient", "killed_peer", "recovery_s", "kills",
+    "recovery_p50_s", "recovery_max_s", "weights_sha256", "generations", "export_dir", "endpoint",
+    "samples",
 ]  # fmt: skip
 
 
@@ -54,6 +56,10 @@ def test_a_small_demo_trains_loses_a_worker_exports_and_answers(swarm: LocalSwar
     assert summary["steps"] == 45
     assert summary["val_loss"] < 3.4 < summary["first_loss"]
     assert 0 < summary["recovery_s"] <= 15
+    (kill,) = summary["kills"]
+    assert (kill["victim"], kill["what"]) == (summary["killed_peer"], "node")
+    assert kill["at_step"] >= 15
+    assert summary["recovery_s"] == summary["recovery_p50_s"] == summary["recovery_max_s"]
     assert summary["generations"] >= 2
     assert summary["killed_peer"][-6:] in err
     assert min(summary["bytes_activation"], summary["bytes_gradient"]) > 1 << 20
@@ -62,6 +68,7 @@ def test_a_small_demo_trains_loses_a_worker_exports_and_answers(swarm: LocalSwar
         assert len(text) > 20
         assert all(letter.isprintable() or letter == "\n" for letter in text)
     export = Path(summary["export_dir"])
+    assert weights_sha256(export) == summary["weights_sha256"]
     names = {path.name for path in export.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert swarm.pids() == []

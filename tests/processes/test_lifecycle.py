@@ -15,7 +15,9 @@ import pytest
 from swarmnode.cli.local_swarm import LocalSwarm
 from swarmnode.domain import Generation, JobId, SlotId
 from swarmnode.errors import PeerLostError
-from swarmnode.messages import Frame
+from swarmnode.messages import (
+    Frame,
+)
 from swarmnode.p2p.ports import EndOfStream
 from swarmnode.p2p.streams import Libp2pTransport
 from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack

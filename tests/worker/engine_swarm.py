@@ -1,10 +1,11 @@
 """Several engines in one process: real models, codecs and token files, a queue for a network."""
 
 import hashlib
+import itertools
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 import transformers
 
-from swarmnode.domain import BlobRef, Generation, PeerId, Plan, SlotId
+from swarmnode.domain import BlobRef, Generation, PeerId, Plan
+from swarmnode.engine_messages import Base, Configure, Configured, EngineMessage
 from swarmnode.manifest import (
     BatchConfig,
     CodecConfig,
@@ -28,20 +30,21 @@ from swarmnode.messages import (
     Applied,
     Begin,
     Commit,
-    Configure,
-    Configured,
     Evaluated,
     Failed,
     Frame,
     Message,
     Ready,
+)
+from swarmnode.session_messages import (
     SessionClose,
     SessionFrame,
 )
 from swarmnode.tokens import TokenIndex
-from swarmnode.wire import pack, unpack
+from swarmnode.wire import pack, unpack_local
 from swarmnode.worker.engine.engine import Engine
 from swarmnode.worker.models import initialize, read_config
+from swarmnode.worker.training.log import UpdateLog
 from swarmnode.worker.training.samples import SampleMap, TokenReader
 from swarmnode.worker.training.state import StageState
 
@@ -59,12 +62,17 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 TIED = {**LLAMA, "tie_word_embeddings": True}
+_homes = itertools.count()
 PLACEMENTS: dict[str, list[list[str]]] = {
     "four": [["a", "b"], ["c", "d"]],
     "one": [["a", "a"], ["a", "a"]],
     "three": [["a", "b"], ["c", "b"]],
 }
 """slots[stage][slot] by name: a node for each slot, one for all, and something uneven."""
+
+
+def _undurable_log(directory: Path) -> UpdateLog:
+    return UpdateLog(directory, durable=False)
 
 
 def write_tokens(directory: Path, tokens: np.ndarray, chunk_tokens: int = 700) -> BlobRef:
@@ -126,7 +134,10 @@ class Step:
     """By microbatch."""
     norm: float
     hashes: dict[int, str]
-    """By stage; every replica had the same."""
+    """By stage; every holder had the same."""
+    updates: tuple[BlobRef, ...] = ()
+    """By stage; every holder had the same."""
+    scale: float = 1.0
 
     @property
     def loss(self) -> float:
@@ -146,7 +157,7 @@ class Swarm:
     layers: tuple[tuple[int, int], ...] = ((0, 2), (2, 4))
     shuffle: int = 0
     engines: dict[PeerId, Engine] = field(default_factory=dict)
-    received: list[tuple[PeerId, Message, bytes]] = field(default_factory=list)
+    received: list[tuple[PeerId, Message | EngineMessage, bytes]] = field(default_factory=list)
     num_frames: int = 0
     generation: int = 0
     device: str = "cpu"
@@ -154,38 +165,50 @@ class Swarm:
     """Peers whose blob directory is empty."""
     echo: bool = False
     """Whether every frame arrives twice."""
+    shadows: Sequence[Sequence[str]] = ()
+    home: Path = Path()
+    """Where each peer has a folder for its files."""
 
     def __post_init__(self) -> None:
+        if self.home == Path():
+            self.home = self.blobs / f"homes-{next(_homes)}"
         self.random = random.Random(self.shuffle)
         self.network: deque[tuple[PeerId, bytes]] = deque()
 
     @property
     def plan(self) -> Plan:
         rows = tuple(tuple(PeerId(name) for name in row) for row in self.slots)
-        return Plan(Generation(self.generation), self.layers, rows, PeerId("coordinator"))
+        return Plan(
+            Generation(self.generation), self.layers, rows, PeerId("coordinator"),
+            shadows=tuple(tuple(PeerId(name) for name in row) for row in self.shadows),
+        )  # fmt: skip
 
     def configure(self, step: int = 0, how: str = "init", paths: Sequence[str] = ()) -> None:
         """Start the next generation; `paths` has a file for each stage where `how` is load."""
+        self.start(step, lambda _, s: Base(s, how, step, paths[s] if paths else ""))  # type: ignore[arg-type]
+
+    def start(self, step: int, base: Callable[[PeerId, int], Base]) -> None:
+        """Start the next generation, with a base for each peer and stage."""
         self.generation += 1
         for peer in self.plan.workers():
             if peer not in self.engines:
-                self.engines[peer] = Engine(self._sender(peer))
-            stages = sorted({slot.stage for slot in self.plan.hosted_by(peer)})
-            sources = tuple((s, how, paths[s] if paths else "") for s in stages)
-            self.tell(peer, self.configuration(peer, step, sources), self.manifest.canonical())
+                self.engines[peer] = Engine(self._sender(peer), _undurable_log)
+            bases = tuple(base(peer, stage) for stage in self.plan.stages_of(peer))
+            self.tell(peer, self.configuration(peer, step, bases), self.manifest.canonical())
         self.pump()
         answers = self.take(Configured)
         assert len(answers) == len(self.plan.workers()), self.received
 
-    def configuration(self, peer: PeerId, step: int, sources: Any) -> Configure:
+    def configuration(self, peer: PeerId, step: int, bases: tuple[Base, ...]) -> Configure:
         blobs = self.blobs / "empty" if peer in self.without_data else self.blobs
         return Configure(
-            self.manifest.job, peer, self.plan, step, sources, str(blobs), 1, self.device
+            self.manifest.job, peer, self.plan, step, bases, str(blobs), str(self.home / peer),
+            1, self.device,
         )  # fmt: skip
 
-    def tell(self, peer: PeerId, message: Message, payload: bytes = b"") -> None:
+    def tell(self, peer: PeerId, message: Message | EngineMessage, payload: bytes = b"") -> None:
         """Hand a message to one engine, through the wire format."""
-        self.engines[peer].handle(*unpack(pack(message) + payload))
+        self.engines[peer].handle(*unpack_local(pack(message) + payload))
 
     def begin(self, step: int, *, evaluate: bool = False) -> None:
         self.begin_only(self.plan.workers(), step, evaluate=evaluate)
@@ -201,7 +224,7 @@ class Swarm:
         while units < max_units:
             while self.network and (not self.shuffle or self.random.random() < 0.7):
                 sender, data = self._next_message()
-                self._deliver(sender, *unpack(data))
+                self._deliver(sender, *unpack_local(data))
             peers = sorted(self.engines)
             self.random.shuffle(peers)
             if not any(self.engines[peer].run_once() for peer in peers) and not self.network:
@@ -214,37 +237,52 @@ class Swarm:
         self.received = [item for item in self.received if not isinstance(item[1], kind)]
         return found
 
+    def received_of(self, kind: type[Any]) -> list[Any]:
+        """The same, but it stays."""
+        return [message for _, message, _ in self.received if isinstance(message, kind)]
+
+    def step_hashes(self) -> dict[tuple[PeerId, int], str]:
+        """The hash of every stage of every peer, as it is now."""
+        return {
+            (peer, stage): state.state_hash()
+            for peer, engine in self.engines.items()
+            for stage, state in engine._held.items()
+        }
+
     def step(self, step: int) -> Step:
         """One whole training step, as a coordinator does it."""
         self.begin(step)
         self.pump()
         return self.commit(step)
 
-    def commit(self, step: int, *, eager: bool = False) -> Step:
+    def commit(self, step: int, *, eager: bool = False, snapshot: bool = False) -> Step:
         """Commit what all are ready for; if `eager`, one begins the next before others hear it."""
         readies = self.take(Ready)
         plan = self.plan
-        expected = {SlotId(s, v) for s in range(plan.num_stages) for v in range(plan.num_slots)}
+        expected = {slot for peer in plan.workers() for slot in plan.held_by(peer)}
         assert {r.source for r in readies} == expected, (self.take(Failed), self.dropped())
         assert len(readies) == len(expected)
         for stage in range(plan.num_stages):
-            assert len({r.digest for r in readies if r.source.stage == stage}) == 1
+            assert len({r.update for r in readies if r.source.stage == stage}) == 1
         squares = {group: value for r in readies for group, value in r.sums_of_squares}
         norm = math.sqrt(sum(squares.values()))
         clip = self.manifest.optimizer.clip_norm
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
         for number, peer in enumerate(plan.workers()):
-            self.tell(peer, Commit(self.manifest.job, Generation(self.generation), step, scale))
+            generation = Generation(self.generation)
+            self.tell(peer, Commit(self.manifest.job, generation, step, scale, snapshot))
             if number == 0 and eager:
                 self.begin_only([peer], step + 1)
                 self.pump()
         self.pump()
         applied = self.take(Applied)
+        assert len(applied) == sum(len(plan.stages_of(peer)) for peer in plan.workers())
         hashes = {a.stage: a.state_hash for a in applied}
         assert len({(a.stage, a.state_hash) for a in applied}) == plan.num_stages
         last = [r for r in readies if r.source.stage == plan.num_stages - 1]
         losses = {mb: loss for r in last for mb, loss in zip(r.microbatches, r.losses, strict=True)}
-        return Step(losses, norm, hashes)
+        updates = {r.source.stage: r.update for r in readies}
+        return Step(losses, norm, hashes, tuple(updates[s] for s in sorted(updates)), scale)
 
     def evaluate(self, step: int) -> list[float]:
         self.begin(step, evaluate=True)
@@ -276,12 +314,14 @@ class Swarm:
         return item
 
     def _sender(self, peer: PeerId) -> Any:
-        def send(message: Message, payload: Any) -> None:
+        def send(message: Message | EngineMessage, payload: Any) -> None:
             self.network.append((peer, pack(message) + bytes(payload)))
 
         return send
 
-    def _deliver(self, sender: PeerId, message: Message, payload: memoryview) -> None:
+    def _deliver(
+        self, sender: PeerId, message: Message | EngineMessage, payload: memoryview
+    ) -> None:
         if isinstance(message, Frame | SessionFrame | SessionClose):
             host = self.plan.host(message.target)
             assert host != sender, "a frame left the node that it is for"

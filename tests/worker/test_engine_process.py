@@ -9,8 +9,15 @@ from engine_swarm import PLACEMENTS, Swarm, make_manifest
 
 from swarmnode.children import Child, python_module, spawn_child
 from swarmnode.domain import Generation, PeerId
-from swarmnode.messages import Applied, Begin, Busy, Commit, Configured, Message, Ready
-from swarmnode.wire import pack, unpack
+from swarmnode.engine_messages import Base, Busy, Configured, EngineMessage
+from swarmnode.messages import (
+    Applied,
+    Begin,
+    Commit,
+    Message,
+    Ready,
+)
+from swarmnode.wire import pack, unpack_local
 
 pytestmark = pytest.mark.processes
 
@@ -19,7 +26,7 @@ async def receive(child: Child, kind: type[Any]) -> Any:
     """The next message of a type; reports of business may come in between."""
     while True:
         async with asyncio.timeout(60):
-            message, _ = unpack(await child.receive())
+            message, _ = unpack_local(await child.receive())
         if isinstance(message, kind):
             return message
         assert isinstance(message, Busy | Applied | Ready), message
@@ -35,12 +42,12 @@ async def test_a_child_trains_as_an_engine_does_and_ends_with_its_pipe(tmp_path:
     child = spawn_child(python_module("swarmnode.worker.engine"), name="worker", log=log)
     try:
 
-        async def tell(message: Message, payload: bytes = b"") -> None:
+        async def tell(message: Message | EngineMessage, payload: bytes = b"") -> None:
             await child.send(pack(message), payload)
 
-        sources = ((0, "init", ""), (1, "init", ""))
+        bases = (Base(0, "init", 0), Base(1, "init", 0))
         await child.send(b"\x00\x00\x00\x01garbage")  # left out, not fatal
-        await tell(swarm.configuration(PeerId("a"), 0, sources), manifest.canonical())
+        await tell(swarm.configuration(PeerId("a"), 0, bases), manifest.canonical())
         assert (await receive(child, Configured)).step == 0
         for step in range(3):
             await tell(Begin(manifest.job, Generation(1), step))

@@ -10,20 +10,18 @@ import torch
 from engine_swarm import PLACEMENTS, TIED, Step, Swarm, make_manifest
 
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, SlotId
+from swarmnode.engine_messages import Base, Configured, Export, Exported
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Applied,
     Commit,
-    Configured,
     Evaluated,
-    Export,
-    Exported,
     Failed,
     Frame,
     Ready,
 )
 from swarmnode.tensorfiles import read_header
-from swarmnode.wire import unpack
+from swarmnode.wire import unpack_local
 
 Results = list[tuple[dict[int, float], dict[int, str]]]
 
@@ -59,7 +57,7 @@ def test_a_generation_change_within_a_step_leaves_no_trace(
     swarm.begin(2)
     swarm.pump(max_units=num_units)
     swarm.take(Ready)
-    late = [item for item in swarm.network if isinstance(unpack(item[1])[0], Frame)]
+    late = [item for item in swarm.network if isinstance(unpack_local(item[1])[0], Frame)]
     swarm.network.clear()
     swarm.configure(2, "keep")
     swarm.network.extend(late)  # frames of the old generation, on a slow road
@@ -177,8 +175,8 @@ def test_keep_of_another_step_fails_and_the_stage_survives(manifest: Manifest, b
     swarm.configure()
     swarm.step(0)
     swarm.generation += 1
-    sources = ((0, "keep", ""), (1, "keep", ""))
-    wrong = swarm.configuration(PeerId("a"), 2, sources)
+    bases = (Base(0, "keep", 2), Base(1, "keep", 2))
+    wrong = swarm.configuration(PeerId("a"), 2, bases)
     swarm.tell(PeerId("a"), wrong, manifest.canonical())
     swarm.pump()
     (failed,) = swarm.take(Failed)
@@ -198,7 +196,7 @@ def test_a_configure_that_cannot_work_fails_in_one_line(manifest: Manifest, blob
     bad_length = manifest.model_copy(update={"batch": long})
     for bad, word in ((bad_data, "token index"), (bad_length, "sequence_length = 65")):
         swarm.generation += 1
-        configure = swarm.configuration(PeerId("a"), 0, ((0, "init", ""), (1, "init", "")))
+        configure = swarm.configuration(PeerId("a"), 0, (Base(0, "init", 0), Base(1, "init", 0)))
         swarm.tell(PeerId("a"), replace(configure, job=bad.job), bad.canonical())
         swarm.pump()
         (failed,) = swarm.take(Failed)
@@ -317,9 +315,10 @@ def test_an_export_of_another_step_is_ignored_and_a_bad_path_reported(
     peer = PeerId("a")
     swarm.tell(peer, Export(manifest.job, Generation(1), 4, 0, str(tmp_path / "x.safetensors")))
     assert swarm.engines[peer].dropped == {"export": 1}
+    (tmp_path / "no").touch()  # a file where a folder is needed
     swarm.tell(peer, Export(manifest.job, Generation(1), 0, 0, str(tmp_path / "no/x.safetensors")))
     swarm.engines[peer].close()
     swarm.pump()
     (failed,) = swarm.take(Failed)
-    assert "cannot write" in failed.reason
+    assert "Error" in failed.reason
     assert swarm.step(0).losses

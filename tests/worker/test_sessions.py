@@ -13,6 +13,8 @@ from swarmnode.domain import Generation, PeerId, SlotId
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Failed,
+)
+from swarmnode.session_messages import (
     Sampling,
     SessionClose,
     SessionFailed,

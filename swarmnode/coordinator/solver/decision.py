@@ -28,6 +28,8 @@ class Decision:
         generation: Generation,
         coordinator: PeerId,
         addresses: Mapping[PeerId, tuple[str, ...]],
+        shadows: tuple[tuple[PeerId, ...], ...],
+        voters: tuple[PeerId, ...],
     ) -> Plan:
         """The decision as what workers are told."""
         return Plan(
@@ -39,4 +41,6 @@ class Decision:
             reasons=self.reasons[:MAX_REASONS],
             predicted_step_s=self.cost_s,
             bound_s=self.bound_s,
+            shadows=shadows,
+            voters=voters,
         )

@@ -4,16 +4,20 @@ One thread reads the pipe into a queue, always, so that the daemon never waits f
 computing; the main thread computes. The end of the pipe ends the process.
 """
 
+import os
 import queue
 import sys
 import threading
 
+from swarmnode.engine_messages import EngineMessage
 from swarmnode.errors import FrameTooLargeError, ProtocolError
-from swarmnode.messages import Message
+from swarmnode.messages import (
+    Message,
+)
 from swarmnode.pipes import ChildPipe
-from swarmnode.wire import pack, unpack
+from swarmnode.wire import pack, unpack_local
 
-Inbox = queue.SimpleQueue[tuple[Message, memoryview] | None]
+Inbox = queue.SimpleQueue[tuple[Message | EngineMessage, memoryview] | None]
 
 
 def main() -> int:
@@ -23,7 +27,7 @@ def main() -> int:
     threading.Thread(target=_read, args=(pipe, inbox), name="pipe", daemon=True).start()
     from swarmnode.worker.engine.engine import Engine  # torch takes seconds to import
 
-    def send(message: Message, payload: bytes | bytearray | memoryview) -> None:
+    def send(message: Message | EngineMessage, payload: bytes | bytearray | memoryview) -> None:
         pipe.send(pack(message), payload)
 
     engine = Engine(send)
@@ -54,10 +58,13 @@ def _read(pipe: ChildPipe, inbox: Inbox) -> None:
             inbox.put(None)
             return
         try:
-            inbox.put(unpack(data))
+            inbox.put(unpack_local(data))
         except ProtocolError as error:
             print(f"message left out: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # torch takes seconds to take itself down; nothing is left to save

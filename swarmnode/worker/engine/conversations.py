@@ -14,8 +14,17 @@ from torch import Tensor
 from swarmnode.compression.codec import Payload, get_codec
 from swarmnode.domain import SlotId
 from swarmnode.errors import CodecError, DataError
-from swarmnode.messages import Message, SessionClose, SessionFailed, SessionFrame, SessionToken
-from swarmnode.worker.engine.setup import Send, Setup
+from swarmnode.messages import (
+    Message,
+)
+from swarmnode.session_messages import (
+    SessionClose,
+    SessionFailed,
+    SessionFrame,
+    SessionToken,
+)
+from swarmnode.worker.engine.ports import Send
+from swarmnode.worker.engine.setup import Setup
 from swarmnode.worker.serving.sampling import sample
 from swarmnode.worker.serving.sessions import SessionKey, Sessions
 from swarmnode.worker.training.state import StageState

@@ -1,41 +1,51 @@
 """The worker child's logic: what each message from the daemon means, and what to compute next."""
 
 import json
+import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from swarmnode.compression.codec import Payload
 from swarmnode.domain import Generation, JobId
+from swarmnode.engine_messages import (
+    Busy,
+    Configure,
+    Configured,
+    EngineMessage,
+    Export,
+    Exported,
+)
 from swarmnode.errors import ManifestError
 from swarmnode.manifest import Manifest, check
 from swarmnode.messages import (
     Begin,
-    Busy,
     Commit,
-    Configure,
-    Configured,
     Evaluated,
-    Export,
-    Exported,
     Failed,
     Frame,
     Message,
     Ready,
+)
+from swarmnode.session_messages import (
     SessionClose,
     SessionFrame,
 )
 from swarmnode.worker.engine.conversations import Conversations
-from swarmnode.worker.engine.setup import Send, Setup, make_setup, make_stages, set_determinism
+from swarmnode.worker.engine.pipeline import Pipeline
+from swarmnode.worker.engine.ports import Log, Send
+from swarmnode.worker.engine.reduction import Reduction
+from swarmnode.worker.engine.setup import Setup, make_setup, set_determinism
+from swarmnode.worker.engine.snapshots import Snapshots
+from swarmnode.worker.engine.stages import make_stages
 from swarmnode.worker.engine.steps import Steps
-from swarmnode.worker.models import save_tensors
+from swarmnode.worker.files import state_path
+from swarmnode.worker.training.log import UpdateLog
 from swarmnode.worker.training.state import StageState
 
 _MAX_REASON_CHARS = 400
@@ -45,25 +55,28 @@ class Engine:
     """One job's stages on one device. Not thread-safe: one thread calls `handle` and `run_once`.
 
     `send` gives a message and its payload to the daemon; it is also called from the thread that
-    writes exports. Whatever goes wrong while computing becomes a Failed; the engine then waits
-    for a Configure, which may still keep the stages that are whole.
+    writes files. Whatever goes wrong while computing becomes a Failed; the engine then waits
+    for a Configure, which may still keep the stages that are whole. `make_log` gives the update
+    log in a directory.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, make_log: Callable[[Path], Log] = UpdateLog) -> None:
         self._send = send
+        self._make_log = make_log
         self._setup: Setup | None = None
         self._steps: Steps | None = None
         self._conversations: Conversations | None = None
         self._held: dict[int, StageState] = {}
         self._job: JobId | None = None
         self._generation = Generation(-1)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="export")
+        self._directory = Path()
+        self._snapshots = Snapshots()
         self._compute_s = 0.0
         self._sessions_first = True
         self.dropped: Counter[str] = Counter()
         """How many messages were ignored, by reason."""
 
-    def handle(self, message: Message, payload: Payload = b"") -> None:
+    def handle(self, message: Message | EngineMessage, payload: Payload = b"") -> None:
         """Take one message. Frames are only checked and kept; the rest is done at once."""
         if isinstance(message, Configure):
             if message.plan.generation < self._generation:
@@ -90,7 +103,7 @@ class Engine:
 
     def close(self) -> None:
         """Finish the files that are being written."""
-        self._writer.shutdown()
+        self._snapshots.close()
 
     def _dispatch(
         self,
@@ -136,13 +149,22 @@ class Engine:
             raise ManifestError(f"manifest of job {manifest.job} for job {configure.job}")
         torch.set_num_threads(configure.num_threads)
         set_determinism(configure.device, trains=manifest.kind == "train")
-        kept = {stage for stage, how, _ in configure.sources if how == "keep"}
+        kept = {base.stage for base in configure.bases if base.how == "keep"}
         self._held = {stage: self._held[stage] for stage in sorted(kept & set(self._held))}
         self._held = make_stages(configure, manifest, self._held)
-        self._setup = make_setup(configure, manifest, self._held)
-        self._conversations = Conversations(self._setup, self._send)
-        if self._setup.trains:
-            self._steps = Steps(self._setup, configure.step, self._send_result, self.dropped)
+        self._directory = Path(configure.log_directory)
+        self._setup = setup = make_setup(configure, manifest, self._held, self._make_log)
+        self._conversations = Conversations(setup, self._send)
+        if setup.trains:
+            self._steps = Steps(
+                setup,
+                configure.step,
+                self._send_result,
+                self.dropped,
+                lambda step, evaluate, post: Pipeline(setup, step, post, evaluate=evaluate),
+                lambda step, post: Reduction(setup, step, post),
+                self._snapshot,
+            )
         answer = Configured(configure.job, configure.plan.generation, configure.step)
         self._send(answer, b"")
         return True
@@ -156,21 +178,39 @@ class Engine:
         self._conversations.take(message, payload)
 
     def _export(self, export: Export) -> None:
-        """Copy a stage now, write it while computing goes on."""
+        """Write a stage while computing goes on; or wait for its snapshot that is being written."""
+
+        def report(path: Path, error: BaseException | None) -> None:
+            if error is not None:
+                self._send(Failed(export.job, export.generation, _one_line(error)), b"")
+            else:
+                self._report_file(export.generation, export.step, export.stage, str(path))
+
+        if self._snapshots.await_existing(export.stage, export.step, report):
+            return
         state = self._held.get(export.stage)
         if state is None or state.step != export.step:
             self.dropped["export"] += 1
             return
-        self._writer.submit(self._write, export, state.copied_tensors())
+        self._snapshots.start(export.stage, state, Path(export.path), report)
 
-    def _write(self, export: Export, tensors: dict[str, Tensor]) -> None:
-        try:
-            save_tensors(Path(export.path), tensors)
-        except Exception as error:  # reported, like everything that goes wrong in the child
-            self._send(Failed(export.job, export.generation, _one_line(error)), b"")
-            return
-        answer = Exported(export.job, export.generation, export.step, export.stage, export.path)
-        self._send(answer, b"")
+    def _snapshot(self, step: int) -> None:
+        """Write every stage, which is now at `step`; what fails costs the snapshot, no more."""
+        generation = self._generation
+        for stage, state in self._held.items():
+
+            def report(path: Path, error: BaseException | None, stage: int = stage) -> None:
+                if error is not None:
+                    print(f"no snapshot of stage {stage}: {error}", file=sys.stderr)
+                name = "" if error is not None else str(path)
+                self._report_file(generation, step, stage, name)
+
+            path = state_path(self._directory, stage, step, "snapshot")
+            self._snapshots.start(stage, state, path, report)
+
+    def _report_file(self, generation: Generation, step: int, stage: int, path: str) -> None:
+        assert self._job is not None
+        self._send(Exported(self._job, generation, step, stage, path), b"")
 
     def _guarded(self, work: Callable[[], bool]) -> bool:
         """Do `work`; turn what goes wrong into a Failed and drop the generation."""
@@ -199,7 +239,7 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _send_result(self, message: Message, payload: Payload) -> None:
+    def _send_result(self, message: Message | EngineMessage, payload: Payload) -> None:
         """Send what a step gives; reports go behind the time that they cost."""
         if isinstance(message, Ready | Evaluated):
             self._report_busy(0.0)
@@ -222,6 +262,6 @@ def _json(payload: Payload) -> Any:
         raise ManifestError("manifest: not JSON") from None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 3] + "..."

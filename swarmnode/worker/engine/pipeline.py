@@ -12,8 +12,11 @@ from torch import Tensor
 
 from swarmnode.compression.codec import Payload
 from swarmnode.domain import SlotId
-from swarmnode.messages import Frame
-from swarmnode.worker.engine.setup import Post, Setup
+from swarmnode.messages import (
+    Frame,
+)
+from swarmnode.worker.engine.ports import Post
+from swarmnode.worker.engine.setup import Setup
 from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of
 

@@ -1,10 +1,14 @@
 """The reduction of one step on one node: shares out, sums of the owned shards, reduced bytes in."""
 
 from swarmnode.compression.codec import Payload
-from swarmnode.domain import SlotId
-from swarmnode.messages import Frame
-from swarmnode.worker.engine.setup import Post, Setup
-from swarmnode.worker.training.fingerprint import digest, sum_of_squares
+from swarmnode.domain import BlobRef, SlotId
+from swarmnode.failpoints import hit
+from swarmnode.messages import (
+    Frame,
+)
+from swarmnode.worker.engine.ports import Post
+from swarmnode.worker.engine.setup import Setup
+from swarmnode.worker.training.fingerprint import sum_of_squares
 from swarmnode.worker.training.reduce import ReducedGradient, ShardSum, encode_shards
 
 
@@ -27,7 +31,10 @@ class Reduction:
             index: ReducedGradient(group, self._codec, setup.reduced[index].flat)
             for index, group in self._groups.items()
         }
+        self._payloads: dict[tuple[int, int], Payload] = {}
+        """The reduced shards as they came, by group and part."""
         self._squares: dict[int, float] = {}
+        self._logged: dict[int, BlobRef] = {}
 
     def share(self, slot: SlotId) -> None:
         """Send a finished slot's share of every shard of its groups to the shard's owner."""
@@ -44,6 +51,7 @@ class Reduction:
         """Take a share of an owned shard, or a reduced shard. Raises: CodecError."""
         if frame.kind == "reduced":
             self._reduced[frame.group].take(frame.part, payload)
+            self._payloads[frame.group, frame.part] = payload
             return
         reduced = self._sums[frame.group, frame.part].add(frame.source, payload)
         if reduced is None:
@@ -57,16 +65,25 @@ class Reduction:
                 group=frame.group, part=frame.part,
             )  # fmt: skip
             self._post(answer, reduced)
+            hit("mid_tensor", self._step)
 
     def is_complete(self, stage: int) -> bool:
         """Whether all reduced shards of all groups of a stage are here."""
         indices = self._setup.stage_groups[stage].indices
         return all(self._reduced[index].is_complete for index in indices)
 
-    def digest(self, stage: int) -> str:
-        """The SHA-256 over the stage's reduced gradient: its groups in order, in hex."""
-        indices = self._setup.stage_groups[stage].indices
-        return digest(self._setup.reduced[index].flat for index in indices)
+    def log(self, stage: int) -> BlobRef:
+        """Put the stage's update, as it was broadcast, into its log. Raises: DataError."""
+        if stage not in self._logged:
+            payloads = [
+                self._payloads[index, part]
+                for index in self._setup.stage_groups[stage].indices
+                for part in range(self._groups[index].num_parts)
+            ]
+            self._logged[stage] = self._setup.logs[stage].write(self._step, payloads)
+            if len(self._logged) == len(self._setup.stage_groups):
+                self._payloads.clear()  # tied ends share a group: not before both have it
+        return self._logged[stage]
 
     def sums_of_squares(self, stage: int) -> tuple[tuple[int, float], ...]:
         """(group, sum of squares) of each of the stage's groups, before any clipping."""
@@ -77,7 +94,7 @@ class Reduction:
         return tuple((index, self._squares[index]) for index in indices)
 
     def apply(self, scale: float) -> None:
-        """Scale the summed gradients and update every hosted stage."""
+        """Scale the summed gradients and update every stage that is held."""
         setup = self._setup
         for gradient in setup.reduced.values():
             gradient.flat.mul_(scale)
@@ -88,6 +105,9 @@ class Reduction:
                 for name, view in setup.reduced[index].views.items()
             }
             state.apply(views, num_steps=setup.manifest.num_steps)
+
+    def state_hash(self, stage: int) -> str:
+        return self._setup.stages[stage].state_hash()
 
     def _shape(self, index: int, part: int) -> tuple[int]:
         start, stop = self._groups[index].shard(part)

@@ -8,21 +8,22 @@ from pathlib import Path
 import torch
 from torch.utils import deterministic
 
-from swarmnode.compression.codec import Codec, Payload, get_codec
+from swarmnode.compression.codec import Codec, get_codec
 from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
+from swarmnode.engine_messages import Configure
 from swarmnode.errors import DataError
 from swarmnode.manifest import Manifest
-from swarmnode.messages import Configure, Frame, FrameKind, Message
+from swarmnode.messages import (
+    Frame,
+    FrameKind,
+)
 from swarmnode.worker.engine.batches import Batches
+from swarmnode.worker.engine.ports import Log
+from swarmnode.worker.files import stage_directory
 from swarmnode.worker.training.expected import ExpectedFrames, Role
 from swarmnode.worker.training.groups import Group, Parameter, StageGroups, stage_groups
 from swarmnode.worker.training.reduce import FlatGradient
-from swarmnode.worker.training.state import StageState, initial_state, loaded_state
-
-Send = Callable[[Message, Payload], None]
-"""Gives a message to the daemon."""
-Post = Callable[[Frame, Payload], None]
-"""Sends a frame to the slot that it is addressed to, wherever that is hosted."""
+from swarmnode.worker.training.state import StageState
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class Setup:
     manifest: Manifest
     device: str
     hosted: tuple[SlotId, ...]
+    """The slots that compute here."""
+    held: tuple[SlotId, ...]
+    """Those and the shadows."""
     stages: dict[int, StageState]
+    """The state of every stage that is held."""
     stage_groups: dict[int, StageGroups]
     codecs: dict[Role, Codec]
     batches: Batches | None
@@ -44,7 +49,9 @@ class Setup:
     accumulators: dict[SlotId, dict[int, FlatGradient]]
     """Per slot and group: the slot's own gradient of the step at hand."""
     reduced: dict[int, FlatGradient]
-    """Per group: the summed gradient of the step at hand, with views for every hosted stage."""
+    """Per group: the summed gradient of the step at hand, with views for every stage held."""
+    logs: Mapping[int, Log]
+    """Where each stage's updates go."""
 
     @property
     def generation(self) -> Generation:
@@ -53,6 +60,10 @@ class Setup:
     @property
     def trains(self) -> bool:
         return self.manifest.kind == "train"
+
+    @property
+    def reads_data(self) -> bool:
+        return self.batches is not None
 
     def autocast(self) -> torch.autocast:
         """The precision of training's matrix products, as a context."""
@@ -86,52 +97,24 @@ class Setup:
         )  # fmt: skip
 
 
-def make_stages(
-    configure: Configure, manifest: Manifest, held: Mapping[int, StageState]
-) -> dict[int, StageState]:
-    """The stages of a generation: kept, drawn from the seed or loaded, as each source says.
-
-    Raises: DataError if a stage that is to be kept is not held at exactly the step.
-    """
-    how_by_stage = {stage: (how, path) for stage, how, path in configure.sources}
-    stages: dict[int, StageState] = {}
-    for stage in sorted({slot.stage for slot in configure.plan.hosted_by(configure.peer)}):
-        layers = configure.plan.layers[stage]
-        how, path = how_by_stage.get(stage, ("keep", ""))
-        if how == "keep":
-            stages[stage] = _kept(held.get(stage), stage, layers, configure.step)
-        elif how == "load":
-            stages[stage] = loaded_state(
-                manifest, layers, configure.device, path=Path(path), step=configure.step
-            )
-        elif configure.step == 0:
-            stages[stage] = initial_state(manifest, layers, configure.device)
-        else:
-            raise DataError(f"stage {stage} cannot be at step {configure.step} from the seed")
-    return stages
-
-
-def _kept(state: StageState | None, stage: int, layers: tuple[int, int], step: int) -> StageState:
-    if state is None or state.layers != layers:
-        raise DataError(f"stage {stage} with layers {layers} is not held here")
-    if state.step != step:
-        raise DataError(f"stage {stage} is held at step {state.step}, not {step}")
-    return state
-
-
-def make_setup(configure: Configure, manifest: Manifest, stages: dict[int, StageState]) -> Setup:
+def make_setup(
+    configure: Configure,
+    manifest: Manifest,
+    stages: dict[int, StageState],
+    make_log: Callable[[Path], Log],
+) -> Setup:
     """Lay out gradients, frames and data for a generation whose stages are here.
 
     Raises: ManifestError for an unknown codec, DataError if data that a slot reads is missing.
     """
     plan, peer, trains = configure.plan, configure.peer, manifest.kind == "train"
-    hosted = plan.hosted_by(peer)
+    hosted, held = plan.hosted_by(peer), plan.held_by(peer)
     codecs: dict[Role, Codec] = {
         "activation": get_codec(manifest.codecs.activation),
         "activation_gradient": get_codec(manifest.codecs.activation_gradient),
         "gradient": get_codec(manifest.codecs.gradient),
     }
-    by_stage = {s: _groups_of(state, s, plan) for s, state in stages.items() if trains}
+    by_stage = {s: groups_of(state, s, plan) for s, state in stages.items() if trains}
     groups: dict[int, Group] = {g.index: g for found in by_stage.values() for g, _ in found.groups}
     reads_data = trains and any(slot.stage in (0, plan.num_stages - 1) for slot in hosted)
     batches = Batches(manifest, Path(configure.blob_directory)) if reads_data else None
@@ -164,13 +147,16 @@ def make_setup(configure: Configure, manifest: Manifest, stages: dict[int, Stage
         index: FlatGradient(_all_parameters(index, by_stage), group.num_values, device)
         for index, group in groups.items()
     }
+    directory = Path(configure.log_directory)
+    logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     return Setup(
-        configure.job, peer, plan, manifest, device, hosted, stages, by_stage,
-        codecs, batches, expected, accumulators, reduced,
+        configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
+        codecs, batches, expected, accumulators, reduced, logs,
     )  # fmt: skip
 
 
-def _groups_of(state: StageState, stage: int, plan: Plan) -> StageGroups:
+def groups_of(state: StageState, stage: int, plan: Plan) -> StageGroups:
+    """The reduction groups of a stage, from the names and shapes of its parameters."""
     shapes = {name: tuple(p.shape) for name, p in state.module.parameters_by_name().items()}
     return stage_groups(
         stage=stage,
@@ -182,7 +168,7 @@ def _groups_of(state: StageState, stage: int, plan: Plan) -> StageGroups:
 
 
 def _all_parameters(index: int, by_stage: Mapping[int, StageGroups]) -> list[Parameter]:
-    """A group's parameters under their names in every hosted stage."""
+    """A group's parameters under their names in every stage that is held."""
     pairs = [pair for found in by_stage.values() for pair in found.groups]
     return [p for group, parameters in pairs if group.index == index for p in parameters]
 

@@ -1,14 +1,28 @@
 """The transaction of a training step on one node: frames in, Ready out, Commit in, Applied out."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from swarmnode.compression.codec import Payload
 from swarmnode.domain import SlotId
-from swarmnode.messages import Applied, Begin, Commit, Evaluated, Frame, Ready
-from swarmnode.worker.engine.pipeline import Pipeline
-from swarmnode.worker.engine.reduction import Reduction
-from swarmnode.worker.engine.setup import Send, Setup
+from swarmnode.failpoints import hit
+from swarmnode.messages import (
+    Applied,
+    Begin,
+    Commit,
+    Evaluated,
+    Frame,
+    Ready,
+)
+from swarmnode.worker.engine.ports import (
+    Grid,
+    MakePipeline,
+    MakeReduction,
+    Payload,
+    Send,
+    StepPipeline,
+    StepReduction,
+)
 from swarmnode.worker.training.expected import FrameKey, frame_key
 
 
@@ -18,8 +32,8 @@ class _Run:
 
     seen: set[FrameKey] = field(default_factory=set)
     early: list[tuple[Frame, Payload]] = field(default_factory=list)
-    pipeline: Pipeline | None = None
-    reduction: Reduction | None = None
+    pipeline: StepPipeline | None = None
+    reduction: StepReduction | None = None
     reported: set[SlotId] = field(default_factory=set)
 
 
@@ -30,11 +44,24 @@ class Steps:
     there can be. Nothing durable changes before a Commit.
     """
 
-    def __init__(self, setup: Setup, step: int, send: Send, dropped: Counter[str]) -> None:
-        self._setup = setup
+    def __init__(
+        self,
+        grid: Grid,
+        step: int,
+        send: Send,
+        dropped: Counter[str],
+        make_pipeline: MakePipeline,
+        make_reduction: MakeReduction,
+        on_snapshot: Callable[[int], None],
+    ) -> None:
+        """`on_snapshot` is called with the committed steps of a state that is to be written."""
+        self._grid = grid
         self._step = step
         self._send = send
         self._dropped = dropped
+        self._make_pipeline = make_pipeline
+        self._make_reduction = make_reduction
+        self._on_snapshot = on_snapshot
         self._runs: dict[tuple[int, bool], _Run] = {}
 
     def begin(self, begin: Begin) -> None:
@@ -43,27 +70,29 @@ class Steps:
             self._dropped["begin"] += 1
             return
         run = self._run(begin.step, begin.evaluate)
-        if run.pipeline is not None and begin.evaluate and self._setup.batches is None:
+        if run.pipeline is not None and begin.evaluate and not self._grid.reads_data:
             # Without the data we cannot tell that the evaluation before this one has ended.
             run = self._runs[begin.step, True] = _Run()
         if run.pipeline is not None:
             self._dropped["begin"] += 1
             return
-        run.pipeline = Pipeline(self._setup, begin.step, self._post, evaluate=begin.evaluate)
+        run.pipeline = self._make_pipeline(begin.step, begin.evaluate, self._post)
         if not begin.evaluate:
-            run.reduction = Reduction(self._setup, begin.step, self._post)
+            run.reduction = self._make_reduction(begin.step, self._post)
         early, run.early = run.early, []
         for frame, payload in early:
             self._deliver(run, frame, payload)
-        for slot in self._setup.hosted:  # an evaluation may have nothing for a slot
+        for slot in self._grid.hosted:  # an evaluation may have nothing for a slot
             self._advance(run, slot)
+        if begin.evaluate and not self._grid.hosted:
+            del self._runs[begin.step, True]
 
     def take(self, frame: Frame, payload: Payload) -> None:
         """Take a frame of another node; what the plan does not expect is dropped and counted."""
-        refusal = self._setup.expected.refusal(frame, memoryview(payload).nbytes)
+        refusal = self._grid.expected.refusal(frame, memoryview(payload).nbytes)
         if refusal is not None:
             self._dropped[refusal] += 1
-        elif self._setup.is_hosted(frame.source):
+        elif self._grid.is_hosted(frame.source):
             self._dropped["slot"] += 1  # what stays on this node never comes from outside
         elif frame.step not in (self._step, self._step + 1):
             self._dropped["step"] += 1
@@ -80,27 +109,32 @@ class Steps:
         return False
 
     def commit(self, commit: Commit) -> None:
-        """Apply the optimizer, if every hosted slot has said Ready for exactly this step."""
+        """Apply the optimizer, if all that is held here has said Ready for exactly this step."""
         run = self._runs.get((commit.step, False))
-        is_ready = run is not None and len(run.reported) == len(self._setup.hosted)
+        is_ready = run is not None and len(run.reported) == len(self._grid.held)
         if commit.step != self._step or not is_ready:
             self._dropped["commit"] += 1
             return
         assert run is not None
         assert run.reduction is not None
+        hit("after_commit", commit.step)
         run.reduction.apply(commit.scale)
         self._step += 1
         self._runs = {key: kept for key, kept in self._runs.items() if key[0] >= self._step}
-        for stage, state in self._setup.stages.items():
-            job, generation = self._setup.job, self._setup.generation
-            self._send(Applied(job, generation, commit.step, stage, state.state_hash()), b"")
+        hit("after_apply", commit.step)
+        if commit.snapshot:
+            self._on_snapshot(self._step)
+        for stage in self._grid.stages:
+            job, generation = self._grid.job, self._grid.generation
+            state_hash = run.reduction.state_hash(stage)
+            self._send(Applied(job, generation, commit.step, stage, state_hash), b"")
 
     def _run(self, step: int, evaluate: bool) -> _Run:
         return self._runs.setdefault((step, evaluate), _Run())
 
     def _post(self, frame: Frame, payload: Payload) -> None:
         """Hand a frame to the slot it is for; within this node it takes the same coded form."""
-        if self._setup.is_hosted(frame.target):
+        if self._grid.is_hosted(frame.target):
             self._accept(frame, payload)
         else:
             self._send(frame, payload)
@@ -136,28 +170,37 @@ class Steps:
             self._report_ready(run)
             return
         run.reported.add(slot)
-        if self._setup.is_last(slot):
-            job, generation = self._setup.job, self._setup.generation
+        if self._grid.is_last(slot):
+            job, generation = self._grid.job, self._grid.generation
             losses = run.pipeline.losses(slot)
             self._send(Evaluated(job, generation, self._step, slot, losses), b"")
-        if len(run.reported) == len(self._setup.hosted):
+        if len(run.reported) == len(self._grid.hosted):
             del self._runs[self._step, True]
 
     def _report_ready(self, run: _Run) -> None:
-        """Say Ready for every slot of the stages whose whole gradient is now here."""
-        setup, pipeline, reduction = self._setup, run.pipeline, run.reduction
+        """Say Ready for what is held of the stages whose whole gradient is now here.
+
+        The update is in the log by then: whatever is committed can be replayed.
+        """
+        grid, pipeline, reduction = self._grid, run.pipeline, run.reduction
         assert pipeline is not None
         assert reduction is not None
-        for stage in setup.stages:
-            slots = [s for s in setup.hosted if s.stage == stage and s not in run.reported]
-            slots = [s for s in slots if pipeline.is_finished(s)]
+        for stage in grid.stages:
+            silent = [s for s in grid.held if s.stage == stage and s not in run.reported]
+            computing = [slot for slot in silent if slot in grid.hosted]
+            finished = [slot for slot in computing if pipeline.is_finished(slot)]
+            slots = [slot for slot in silent if slot not in computing or slot in finished]
             if not slots or not reduction.is_complete(stage):
                 continue
-            digest, squares = reduction.digest(stage), reduction.sums_of_squares(stage)
+            hit("before_log", self._step)
+            update, squares = reduction.log(stage), reduction.sums_of_squares(stage)
+            hit("after_log", self._step)
             for slot in slots:
                 run.reported.add(slot)
+                is_shadow = slot not in grid.hosted
                 ready = Ready(
-                    setup.job, setup.generation, self._step, slot,
-                    pipeline.microbatches(slot), digest, squares, pipeline.losses(slot),
+                    grid.job, grid.generation, self._step, slot,
+                    () if is_shadow else pipeline.microbatches(slot), update, squares,
+                    () if is_shadow else pipeline.losses(slot),
                 )  # fmt: skip
                 self._send(ready, b"")

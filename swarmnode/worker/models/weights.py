@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from swarmnode.errors import DataError
+from swarmnode.failpoints import hit
 from swarmnode.tensorfiles import TensorSpan, read_bytes
 from swarmnode.worker.models.library import (
     ModelConfig,
@@ -99,6 +100,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(storage.data_ptr())
     try:
         safetensors.torch.save_file(held, temporary, metadata={"format": "pt"})
+        hit("snapshot_write")
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)

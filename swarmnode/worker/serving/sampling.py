@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swarmnode.messages import Sampling
+from swarmnode.session_messages import (
+    Sampling,
+)
 
 MAX_LOGPROBS = 32
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from swarmnode.domain import PeerId, Plan, SlotId
-from swarmnode.messages import Frame, FrameKind
+from swarmnode.messages import (
+    Frame,
+    FrameKind,
+)
 from swarmnode.worker.training.groups import Group
 
 Role = Literal["activation", "activation_gradient", "gradient"]
@@ -41,7 +44,8 @@ class ExpectedFrames:
     num_evaluation_microbatches: int
     """As many as there are, or on a node without the data the most that there can be."""
     groups: Mapping[int, Group]
-    """The reduction groups that the peer's slots are in, by index; empty where nothing trains."""
+    """The reduction groups of the stages that the peer holds, by index; empty where nothing
+    trains."""
     wire_bytes: Callable[[Role, Sequence[int]], int]
     """The exact payload length of a tensor of a role and a shape."""
 
@@ -61,15 +65,13 @@ class ExpectedFrames:
         return None if num_payload_bytes == self.wire_bytes(role, shape) else "length"
 
     def _is_hosted(self, slot: SlotId) -> bool:
-        plan = self.plan
-        exists = 0 <= slot.stage < plan.num_stages and 0 <= slot.slot < plan.num_slots
-        return exists and plan.host(slot) == self.peer
+        return slot in self.plan and self.plan.host(slot) == self.peer
 
     def _boundary(self, frame: Frame) -> Refusal | None:
         forward = frame.kind == "activation"
         stage, slot = frame.target
         source = SlotId(stage - 1 if forward else stage + 1, slot)
-        if frame.source != source or not 0 <= source.stage < self.plan.num_stages:
+        if frame.source != source or not self.plan.computes(source):
             return "slot"
         count = self.num_evaluation_microbatches if frame.evaluate else self.num_microbatches
         if not forward and frame.evaluate:

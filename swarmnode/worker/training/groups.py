@@ -56,15 +56,21 @@ class Group:
         return self.num_values * part // count, self.num_values * (part + 1) // count
 
     def receiver(self, plan: Plan, peer: PeerId) -> SlotId | None:
-        """The slot that reduced shards for `peer` are addressed to: its lowest in the group."""
-        return min((slot for slot in self.members if plan.host(slot) == peer), default=None)
+        """The slot that reduced shards for `peer` are addressed to: the lowest that it hosts or
+        shadows in a stage of the group."""
+        return min((slot for slot in self._held(plan) if plan.host(slot) == peer), default=None)
 
     def receivers(self, plan: Plan) -> tuple[SlotId, ...]:
-        """One slot for each peer that hosts a member, in slot order."""
+        """One slot or shadow for each peer that holds a stage of the group, in slot order."""
         lowest: dict[PeerId, SlotId] = {}
-        for slot in sorted(self.members):
+        for slot in self._held(plan):
             lowest.setdefault(plan.host(slot), slot)
         return tuple(lowest.values())
+
+    def _held(self, plan: Plan) -> list[SlotId]:
+        """All slots and shadows of the members' stages, sorted."""
+        stages = sorted({slot.stage for slot in self.members})
+        return [SlotId(s, number) for s in stages for number in range(len(plan.holders(s)))]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ In a file, the weight `NAME` is tensor `NAME`, its moments are `NAME::exp_avg` a
 `NAME::exp_avg_sq`. Everything is float32.
 """
 
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,10 @@ class StageState:
     module: StageModule
     optimizer: StageOptimizer | None
     step: int
+    copying: Future[None] | None = None
+    """The copy of this state that is being made aside; no update before it is done."""
+    stall_s: float = 0.0
+    """Seconds that updates have waited for copies."""
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -36,6 +42,11 @@ class StageState:
     def apply(self, gradients: Mapping[str, Tensor], *, num_steps: int) -> None:
         """Apply the optimizer for the step at hand; the state is then one step further."""
         assert self.optimizer is not None
+        if self.copying is not None:
+            started_s = time.perf_counter()
+            wait([self.copying])
+            self.copying = None
+            self.stall_s += time.perf_counter() - started_s
         step, self.step = self.step, -1
         self.optimizer.apply(gradients, step=step, num_steps=num_steps)
         self.step = step + 1
@@ -45,14 +56,12 @@ class StageState:
         parameters = self.module.parameters_by_name()
         return digest(parameters[name] for name in sorted(parameters))
 
-    def copied_tensors(self) -> dict[str, Tensor]:
-        """A copy, on the host, of everything that belongs to the state, by its name in a file."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that belongs to the state by its name in a file, not copied."""
         tensors = dict(self.module.tensors_by_name())
         if self.optimizer is not None:
             tensors.update(self.optimizer.moments())
-        return {
-            name: tensor.detach().to("cpu", copy=True) for name, tensor in sorted(tensors.items())
-        }
+        return dict(sorted(tensors.items()))
 
 
 def initial_state(manifest: Manifest, layers: tuple[int, int], device: str) -> StageState:

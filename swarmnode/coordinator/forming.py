@@ -1,0 +1,166 @@
+"""A generation in the making: asked for, agreed on, placed, and every state on its way."""
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+from swarmnode.coordinator.events import Effect, Send
+from swarmnode.coordinator.inquiry import RETRY_S, Inquiry
+from swarmnode.coordinator.pool import Pool
+from swarmnode.coordinator.recovery import CommitLog, Finder, Origin, Sources
+from swarmnode.coordinator.shadows import choose_shadows, choose_voters
+from swarmnode.coordinator.solver.decision import Decision
+from swarmnode.coordinator.solver.fill import solve
+from swarmnode.domain import Generation, JobId, ModelFacts, PeerId, Plan
+from swarmnode.manifest import Manifest
+from swarmnode.messages import (
+    Assign,
+    Committed,
+    Inquire,
+    Save,
+    Saved,
+    StateSource,
+)
+
+MAX_ASKED = 32
+"""Usable peers that are asked besides those whom the last plan and the new one name."""
+SEARCH_S = 20.0
+"""A stage that nobody can give is looked for so long: a disk may come back."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where the job stands: what every generation starts from."""
+
+    step: int
+    plan: Plan | None
+    commits: CommitLog
+    origin: Origin
+
+
+@dataclass
+class Forming:
+    """From the question to the assignments. `plan` is None until everybody's source is known."""
+
+    job: JobId
+    manifest: Manifest
+    facts: ModelFacts
+    me: PeerId
+    signature: bytes
+    inquiry: Inquiry
+    wanted: Decision | None
+    """A placement that was chosen before; taken if all its machines agree."""
+    distrusted: frozenset[int]
+    missing: tuple[int, ...] = ()
+    """Stages whose state nobody can give so far."""
+    _missing_since_s: float = math.inf
+    _decision: Decision | None = None
+    _shadows: tuple[tuple[PeerId, ...], ...] = ()
+    _sources: Sources = field(default_factory=Sources)
+    _saved: dict[int, StateSource] = field(default_factory=dict)
+
+    def ask(
+        self, head: Head, pool: Pool, now_s: float, holders: Set[PeerId] = frozenset()
+    ) -> list[Effect]:
+        """Put the question to whoever is needed; `holders` may have states besides the last plan's.
+
+        Raises: CapacityError if those who are here cannot do the job at all.
+        """
+        peers = pool.usable(now_s)
+        wanted = self.wanted or solve(peers, self.facts, self.manifest, previous=head.plan)
+        named = {peer for row in wanted.slots for peer in row} | {self.me} | holders
+        if head.plan is not None:
+            named |= {*head.plan.voters, *head.plan.workers()}
+        others = [advert.peer for advert in peers if advert.peer not in named]
+        return self._inquire([*named, *others[:MAX_ASKED]], head, now_s)
+
+    def again(self, head: Head, pool: Pool, now_s: float) -> list[Effect]:
+        """Ask those who were not reached once more; anybody new too, while something is missing."""
+        due = self.inquiry.again(now_s)
+        found = self._inquire([], head, now_s, due)
+        if self.missing and now_s - self._missing_since_s > RETRY_S:
+            newcomers = [advert.peer for advert in pool.usable(now_s)]
+            old = head.plan.workers() if head.plan is not None else ()
+            found += self._inquire([*old, *newcomers], head, now_s)
+        return found
+
+    def _inquire(
+        self, peers: list[PeerId], head: Head, now_s: float, due: list[PeerId] | None = None
+    ) -> list[Effect]:
+        before = head.plan.generation if head.plan is not None else Generation(0)
+        generation = self.inquiry.generation
+        inquire = Inquire(self.job, generation, before, 0, self.signature)
+        return [Send(peer, inquire) for peer in due or self.inquiry.ask(peers, now_s)]
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Whether what is missing has been looked for long enough."""
+        return bool(self.missing) and now_s - self._missing_since_s >= SEARCH_S
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether some holder was asked to publish its state and has not done so."""
+        return self._decision is not None
+
+    def place(self, head: Head, pool: Pool, now_s: float) -> list[Effect]:
+        """All have answered: decide who does what, and where each gets its state.
+
+        Afterwards either something is `missing`, or `is_gathering`, or `plan_of` has an answer.
+        Raises: CapacityError.
+        """
+        granted = self.inquiry.granted
+        peers = [advert for advert in pool.usable(now_s) if advert.peer in granted]
+        decision = self.wanted
+        if decision is None or not {p for row in decision.slots for p in row} <= granted.keys():
+            decision = solve(peers, self.facts, self.manifest, previous=head.plan)
+        finder = Finder(
+            granted, decision.layers, head.step, head.commits, head.origin, self.distrusted
+        )
+        self._shadows = choose_shadows(decision, peers, self.facts, self.manifest, finder.holds)
+        holders = [(*row, *dark) for row, dark in zip(decision.slots, self._shadows, strict=True)]
+        self._sources = finder.find(holders)
+        self.missing = tuple(sorted(set(self._sources.lost)))
+        if self.missing:
+            self._missing_since_s = min(self._missing_since_s, now_s)
+            return []
+        self._decision = decision
+        generation = self.inquiry.generation
+        saves = self._sources.saves
+        return [
+            Send(peer, Save(self.job, generation, step, stage))
+            for stage, (peer, step) in saves.items()
+        ]
+
+    def saved(self, peer: PeerId, saved: Saved) -> None:
+        """A holder has published the state that others wait for."""
+        if self._sources.saves.get(saved.stage) == (peer, saved.step):
+            source = StateSource("fetch", saved.step, saved.index, (peer,))
+            self._saved[saved.stage] = source
+
+    def plan_of(self, pool: Pool) -> Plan | None:
+        """The plan, once every state is at hand."""
+        decision = self._decision
+        if decision is None or self._saved.keys() != self._sources.saves.keys():
+            return None
+        voters = choose_voters(self.me, decision.slots, self._shadows, self.inquiry.granted)
+        grids = (decision.slots, self._shadows)
+        named = [self.me, *(peer for grid in grids for row in grid for peer in row)]
+        addresses = pool.addresses(sorted({*named, *self.inquiry.granted}))
+        return decision.plan(self.inquiry.generation, self.me, addresses, self._shadows, voters)
+
+    def assignments(self, plan: Plan, head: Head) -> list[Effect]:
+        """What each holder is told."""
+        for stage, peer in self._sources.waiting:
+            self._sources.add(peer, stage, self._saved[stage])
+        commits: tuple[Committed, ...] = (
+            head.commits.since(self._sources.first_step, head.step) or ()
+        )
+        return [
+            Send(
+                peer,
+                Assign(
+                    self.job, plan, head.step, tuple(sorted(sources, key=lambda pair: pair[0])),
+                    self.signature, commits,
+                ),
+            )
+            for peer, sources in sorted(self._sources.by_peer.items())
+        ]  # fmt: skip

@@ -1,0 +1,301 @@
+"""From one generation of a job to the next: who is here, who is lost, who does what from now on."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from swarmnode.coordinator import events as on
+from swarmnode.coordinator import patience
+from swarmnode.coordinator.events import Effect, Hangup, Send, Write
+from swarmnode.coordinator.forming import Forming
+from swarmnode.coordinator.inquiry import Inquiry
+from swarmnode.coordinator.job_state import JobState
+from swarmnode.coordinator.preparing import Preparing
+from swarmnode.coordinator.publications import Publications
+from swarmnode.coordinator.solver.decision import Decision
+from swarmnode.coordinator.solver.fill import solve
+from swarmnode.coordinator.votes import DisagreementError, DivergedError, StateHashes, Votes
+from swarmnode.domain import Advert, Generation, ModelFacts, PeerId, Plan
+from swarmnode.errors import CapacityError
+from swarmnode.manifest import Manifest
+from swarmnode.messages import Answer, Release
+
+
+class Generations(JobState):
+    """A job that is placed, and placed again whenever somebody is lost or a better place is found.
+
+    What a generation does is the ledger's affair.
+    """
+
+    def __init__(
+        self, manifest: Manifest, facts: ModelFacts, me: PeerId, signature: bytes, now_s: float
+    ) -> None:
+        super().__init__(manifest, facts, me, now_s)
+        self._signature = signature
+        self._cause = ""
+        self._forming: Forming | None = None
+        self._proposed = Generation(0)
+        self._distrusted: frozenset[int] = frozenset()
+        self._placed: set[PeerId] = set()
+        self._votes = Votes()
+        self._hashes = StateHashes()
+        self._publications = Publications()
+        self._failures = 0
+        self._broken_links = patience.BrokenLinks()
+        self._moved_s = now_s
+        self._evaluation_due = False
+        self._preparing: Preparing | None = None
+        self._somebody_leaves = False
+        self._leftover: set[PeerId] = set()
+        """Peers that have no part in the plan, and may still hold what its workers fetch."""
+        self._gone: set[PeerId] = set()
+        """Peers that could not be reached when last we heard of them."""
+
+    # ---- who is here -----------------------------------------------------------------------
+
+    def _on_peers(self, peers: Sequence[Advert], now_s: float) -> list[Effect]:
+        self.pool.see(peers, now_s)
+        if self.phase == "waiting" and self._forming is None:
+            return self._form(now_s)
+        self.replanning.see(self.pool.usable(now_s))
+        return []
+
+    def _on_lost(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
+        is_news = peer not in self._gone
+        if is_news:
+            self._gone.add(peer)
+            self.pool.bar(peer, now_s)
+            self.outlook.measured.forget(peer)
+        if is_news and self.is_worker(peer):
+            self.progress.lost(peer, now_s)
+            self.reason = f"lost {peer}: {reason}"
+        if self._preparing is not None and peer in self._preparing.newcomers:
+            self._preparing = self.replanning.chosen = None
+        if self._forming is not None:
+            self._forming.inquiry.lost(peer)
+            is_needed = self._forming.is_gathering and is_news
+            return self._form(now_s) if is_needed else self._take_stock(now_s)
+        return [Hangup(peer), *self._form(now_s)] if self.is_worker(peer) else []
+
+    def _on_tick(self, now_s: float) -> list[Effect]:
+        self._publications.expire(now_s)
+        forming = self._forming
+        if forming is not None:
+            effects = forming.again(self.head, self.pool, now_s)
+            if forming.is_overdue(now_s):
+                return effects + self._go_back(now_s)
+            if not forming.is_gathering:
+                return effects + self._take_stock(now_s)
+        elif self._broken_links.are_due(now_s):
+            return self._on_broken_link(now_s)
+        is_gathering = forming is not None and forming.is_gathering
+        patience_s = patience.seconds(self.phase, is_gathering=is_gathering)
+        if now_s - self._moved_s > patience_s:
+            self.reason = f"no progress for {now_s - self._moved_s:.0f} s; begun again"
+            return self._failed_once(now_s)
+        return self.look_for_better(now_s)
+
+    def _on_broken_link(self, now_s: float) -> list[Effect]:
+        """Both ends live, but not for each other: begin again, the second time without one."""
+        self.reason = "a link between workers broke; begun again"
+        worst = self._broken_links.worst(self.me)
+        if worst is not None:
+            self.pool.bar(worst, now_s)
+            self.reason = f"{worst} does not reach other workers; it gets no work for a while"
+        return self._form(now_s)
+
+    # ---- a better placement ----------------------------------------------------------------
+
+    def _on_better(self, now_s: float) -> list[Effect]:
+        """A better placement was chosen: let newcomers fetch what they need before it is taken."""
+        chosen, plan = self.replanning.chosen, self.plan
+        if chosen is None or plan is None or self._forming is not None:
+            return []
+        if self.phase == "serving":  # conversations have no step boundary
+            return self._form(now_s)
+        return self._prepare(chosen, plan, now_s)
+
+    def _on_leaving(self, peer: PeerId, now_s: float) -> list[Effect]:
+        """A worker wants to end: its successors fetch what they need first."""
+        self.pool.leave(peer)
+        self._somebody_leaves = True
+        if self.phase == "serving":
+            return self._form(now_s)
+        try:
+            decision = solve(self.pool.usable(now_s), self.facts, self.manifest, previous=self.plan)
+        except CapacityError:
+            return []  # nobody can do its part: the job will wait for others
+        assert self.plan is not None
+        self.replanning.chosen = decision
+        return self._prepare(decision, self.plan, now_s)
+
+    def _prepare(self, decision: Decision, plan: Plan, now_s: float) -> list[Effect]:
+        if self.is_trained:
+            return []
+        self._preparing = Preparing(self.job, decision, plan, now_s)
+        return self._preparing.begin(self._signature)
+
+    def _is_time_to_move(self, now_s: float) -> bool:
+        """At a step boundary: whether to go over to another placement now."""
+        preparing = self._preparing
+        if preparing is not None and not preparing.is_ready:
+            return preparing.is_overdue(now_s)
+        return self.replanning.chosen is not None or self._somebody_leaves
+
+    # ---- a new generation ------------------------------------------------------------------
+
+    def _form(self, now_s: float) -> list[Effect]:
+        """Ask everybody who is needed for the next generation."""
+        wanted = self.replanning.take(self.pool.usable(now_s))
+        self._broken_links.begun_again()
+        self._moved_s = now_s
+        self._proposed = Generation(max(self.generation, self._proposed) + 1)
+        inquiry = Inquiry(self._proposed, self.plan, self.me)
+        self._forming = Forming(
+            self.job, self.manifest, self.facts, self.me, self._signature,
+            inquiry, wanted, self._distrusted,
+        )  # fmt: skip
+        try:
+            effects = self._forming.ask(self.head, self.pool, now_s, self._leftover)
+        except CapacityError as error:
+            return self._wait_for_peers(error)
+        if self.phase == "waiting":
+            self.reason = self._cause
+        self.phase = "placing"
+        return effects
+
+    def _wait_for_peers(self, error: CapacityError) -> list[Effect]:
+        self._forming = None
+        if self.phase != "waiting":
+            self._cause = self.reason
+        before = f" (before that: {self._cause})" if self._cause else ""
+        self.phase, self.reason = "waiting", f"{error}{before}"
+        return []
+
+    def _on_answer(self, peer: PeerId, answer: Answer, now_s: float) -> list[Effect]:
+        forming = self._forming
+        self._gone.discard(peer)
+        if forming is None:
+            # Somebody who takes part has promised itself to a later generation meanwhile.
+            is_deserted = not answer.granted and answer.promised > self.generation
+            self._proposed = Generation(max(self._proposed, answer.promised))
+            return self._form(now_s) if is_deserted and self.is_worker(peer) else []
+        forming.inquiry.heard(peer, answer, now_s)
+        return self._take_stock(now_s)
+
+    def _take_stock(self, now_s: float) -> list[Effect]:
+        """Go on with the generation that is being formed, as far as the answers allow."""
+        forming = self._forming
+        assert forming is not None
+        if forming.is_gathering:
+            return []
+        inquiry = forming.inquiry
+        if inquiry.successor is not None:
+            self.successor = inquiry.successor
+            self.phase, self.reason = "handed over", f"{inquiry.successor} coordinates it now"
+            return []
+        if not inquiry.is_settled(now_s):
+            if inquiry.is_refused:
+                self._proposed = Generation(max(self._proposed, inquiry.highest_promise))
+                if now_s - self._moved_s >= patience.ASK_AGAIN_S:
+                    return self._form(now_s)
+            return []
+        finished = self._finish_step(forming, now_s)
+        try:
+            effects = forming.place(self.head, self.pool, now_s)
+        except CapacityError as error:
+            return finished + self._wait_for_peers(error)
+        if forming.missing:
+            stages = ", ".join(map(str, forming.missing))
+            self.reason = f"nobody here has stage {stages} at step {self.step}; looking for it"
+        return finished + effects + self._assign(now_s)
+
+    def _finish_step(self, forming: Forming, now_s: float) -> list[Effect]:
+        """Commit the step at hand if all its parts are in the logs of those who answered."""
+        plan = self.plan
+        if plan is None or not self.manifest.num_steps or self.step >= self.manifest.num_steps:
+            return []
+        for ready in forming.inquiry.readies(plan, self.step):
+            self._votes.add(ready)
+        if not self._votes.is_complete(plan):
+            return []
+        try:
+            record = self._votes.commit(self.step, plan, self.manifest)
+        except (DisagreementError, DivergedError):
+            return []  # computed again, it will be found again
+        self._votes.clear()  # they are of this step: the next one must not find them
+        self._record(record, now_s)
+        return [Write(record)]
+
+    def _go_back(self, now_s: float) -> list[Effect]:
+        """Some stage is nowhere to be found: all stages go back to the newest complete state."""
+        self.go_back()
+        self.reason = f"a stage is lost; back to step {self.step}"
+        self._votes.clear()
+        self._evaluation_due = False
+        forming = self._forming
+        assert forming is not None
+        forming.missing = ()
+        return self._take_stock(now_s)
+
+    def _assign(self, now_s: float) -> list[Effect]:
+        """Once every state that must move is published: begin the generation."""
+        forming = self._forming
+        plan = forming.plan_of(self.pool) if forming is not None else None
+        if forming is None or plan is None:
+            return []
+        kept = {*plan.workers(), *plan.voters}
+        if self._preparing is not None:
+            self._leftover |= self._preparing.newcomers.keys()
+            self._preparing = None
+        self._leftover |= forming.inquiry.granted.keys() | set(
+            self.plan.workers() if self.plan else ()
+        )
+        self._leftover -= kept
+        effects: list[Effect] = [Write(on.StartedRecord.of(plan, self.step))]
+        effects += forming.assignments(plan, self.head)
+        self._forming = None
+        self._distrusted = frozenset()
+        self._somebody_leaves = False
+        self.plan, self.generation, self.phase = plan, plan.generation, "placing"
+        self._placed.clear()
+        self._votes.clear()
+        self._hashes.clear()
+        self.outlook.measured.disturbed()
+        self.replanning.placed(now_s)
+        self._moved_s = now_s
+        self._publications.give_up_unanswered()
+        return effects
+
+    def _let_go(self) -> list[Effect]:
+        """Everybody has its state: who gave it and is not needed any more may forget the job."""
+        leftover, self._leftover = sorted(self._leftover), set()
+        effects: list[Effect] = []
+        for peer in leftover:
+            effects += [Send(peer, Release(self.job, "others do it now")), Hangup(peer)]
+        return effects
+
+    def _failed_once(self, now_s: float) -> list[Effect]:
+        self._failures += 1
+        if self._failures > patience.MAX_FAILURES:
+            return self._end("failed", self.reason)
+        return self._form(now_s)
+
+    def _record(self, record: on.CommitRecord, now_s: float) -> None:
+        self.record_commit(record, now_s)
+        self._failures = 0
+        self._broken_links.clear()
+        self._evaluation_due = self.is_evaluation_due(self.step)
+
+    def _on_failed(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
+        """A worker cannot do its part: go on without it, unless nobody can."""
+        self.pool.bar(peer, now_s)
+        self.reason = f"{peer}: {reason}"
+        if self.pool.is_hopeless(patience.MAX_STRIKES):
+            return self._end("failed", self.reason)
+        return self._form(now_s)
+
+    def _end(self, phase: Literal["stopped", "failed"], reason: str) -> list[Effect]:
+        self.phase, self.reason = phase, reason
+        workers = self.plan.workers() if self.plan else ()
+        effects: list[Effect] = [Write(on.EndRecord(phase, reason))]
+        return effects + [Send(peer, Release(self.job, reason)) for peer in workers]

@@ -1,0 +1,143 @@
+"""What is known of one job: its plan, its step, what is committed; written down, not decided."""
+
+from collections.abc import Mapping, Sequence
+
+from swarmnode.coordinator import events as on
+from swarmnode.coordinator.forming import Head
+from swarmnode.coordinator.outlook import Outlook
+from swarmnode.coordinator.pool import Pool
+from swarmnode.coordinator.progress import Progress
+from swarmnode.coordinator.recovery import CommitLog, origin, snapshot_every
+from swarmnode.coordinator.replanning import Replanning
+from swarmnode.coordinator.votes import mean_loss
+from swarmnode.domain import Generation, ModelFacts, PeerId, Plan, SlotId
+from swarmnode.manifest import Manifest
+from swarmnode.messages import (
+    Evaluated,
+    Traffic,
+)
+
+
+class JobState:
+    """A job as its journal and its workers tell it."""
+
+    def __init__(self, manifest: Manifest, facts: ModelFacts, me: PeerId, now_s: float) -> None:
+        self.manifest = manifest
+        self.facts = facts
+        self.me = me
+        self.job = manifest.job
+        self.phase = "waiting"
+        self.reason = ""
+        self.plan: Plan | None = None
+        """The last plan that was begun, also while the next one is formed."""
+        self.generation = Generation(0)
+        self.step = manifest.start_step
+        """Committed steps."""
+        self.checkpoint: on.CheckpointRecord | None = None
+        self.commits = CommitLog()
+        self.pool = Pool()
+        self.progress = Progress(manifest, now_s)
+        self.outlook = Outlook(facts, manifest, me)
+        self.replanning = Replanning(now_s)
+        self.successor: PeerId | None = None
+        """Who coordinates the job instead, once a majority follows somebody else."""
+        self._snapshot_every = snapshot_every(manifest)
+
+    @property
+    def is_over(self) -> bool:
+        return self.phase in ("stopped", "failed", "handed over")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether every step is committed."""
+        return self.step >= self.manifest.num_steps
+
+    @property
+    def head(self) -> Head:
+        """What the next generation starts from."""
+        beginning = origin(self.checkpoint, self.manifest, self.me)
+        return Head(self.step, self.plan, self.commits, beginning)
+
+    def is_worker(self, peer: PeerId) -> bool:
+        return self.plan is not None and peer in self.plan.workers()
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Whether the state after `step` committed steps is to be kept for good."""
+        every = self.manifest.run.checkpoint_every
+        return bool(every and step % every == 0) or step >= self.manifest.num_steps
+
+    def is_snapshot_due(self, step: int) -> bool:
+        """Whether every holder writes its state after `step` committed steps to its own disk."""
+        return self.is_checkpoint_due(step) or step % self._snapshot_every == 0
+
+    def is_evaluation_due(self, step: int) -> bool:
+        every = self.manifest.run.evaluate_every
+        return bool(every and step % every == 0)
+
+    def record_commit(self, record: on.CommitRecord, now_s: float) -> None:
+        """A step of the plan at hand is in the journal."""
+        assert self.plan is not None
+        self.step = record.step + 1
+        self.commits.add(record.committed)
+        self.progress.committed(record.step, record.loss, now_s)
+        self.pool.forgive(self.plan.workers())
+        self.outlook.step_done(self.plan)
+        self.reason = ""
+
+    def record_evaluation(self, said: Mapping[SlotId, Evaluated]) -> on.EvaluationRecord:
+        """The slots of the last stage have evaluated the state at hand."""
+        loss = mean_loss([loss for at in sorted(said) for loss in said[at].losses])
+        self.outlook.measured.disturbed()
+        self.progress.evaluated(self.step, loss)
+        return on.EvaluationRecord(self.step, loss)
+
+    def record_traffic(self, peer: PeerId, traffic: Traffic) -> None:
+        """What a worker has sent, computed and measured."""
+        self.progress.traffic(peer, traffic)
+        self.outlook.measured.busy(peer, traffic.compute_s)
+        self.outlook.measured.linked(peer, traffic.links)
+
+    def look_for_better(self, now_s: float) -> list[on.Effect]:
+        """While the job runs: what a step should take by now, and whether it could be less."""
+        if self.plan is None or self.phase not in ("training", "serving"):
+            return []
+        peers = self.pool.usable(now_s)
+        self.outlook.predict(self.plan, peers, now_s)
+        serves = self.phase == "serving"
+        if not self.replanning.wants_answer(now_s, serves=serves):
+            return []
+        calm_s = self.replanning.churn.calm_s(now_s)
+        request = self.outlook.request(self.plan, peers, serves=serves, calm_s=calm_s)
+        return [on.Improve(request)]
+
+    def go_back(self) -> None:
+        """To the newest complete state; what was committed since is given up."""
+        self.step = self.checkpoint.step if self.checkpoint else self.manifest.start_step
+        self.commits.rewind(self.step)
+        self.progress.rewind(self.step)
+
+    def restore(self, records: Sequence[on.Record]) -> None:
+        """Take up where a journal ends."""
+        for record in records:
+            match record:
+                case on.HistoryRecord(_, first_step, losses, validation):
+                    self.step = first_step + len(losses)
+                    self.progress.losses = list(losses)
+                    self.progress.validation = list(validation)
+                case on.StartedRecord(step=step) as started:
+                    self.plan, self.generation = started.plan(), started.generation
+                    self.step = step
+                    self.commits.rewind(step)
+                    self.progress.rewind(step)
+                case on.CommitRecord() as commit:
+                    self.step = commit.step + 1
+                    self.commits.add(commit.committed)
+                    self.progress.committed(commit.step, commit.loss, None)
+                case on.CheckpointRecord() as checkpoint:
+                    self.checkpoint = checkpoint
+                case on.EvaluationRecord(step, loss):
+                    self.progress.evaluated(step, loss)
+                case on.EndRecord(phase, reason):
+                    self.phase, self.reason = phase, reason
+        if records and not self.is_over:
+            self.reason = "restarted; looking for peers"

@@ -1,0 +1,75 @@
+"""What a node keeps of jobs that others coordinate, so that it can take over: their journals."""
+
+import os
+from pathlib import Path
+
+from swarmnode.coordinator.events import Record
+from swarmnode.coordinator.journal import count_lines, parse_line, read_journal
+from swarmnode.domain import JobId
+
+JOURNAL_FILE = "journal"
+
+
+class StandbyJournals:
+    """Copies of journals, one folder for each job.
+
+    A coordinator that begins to tell its journal again, from line 0, fills a second copy; that
+    one takes the first one's place once it is as long: nothing is forgotten on the way.
+    Raises: OSError where the disk is full or broken.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._counts: dict[Path, int] = {}
+
+    def path(self, job: JobId) -> Path:
+        return self._directory / job / JOURNAL_FILE
+
+    def num_lines(self, job: JobId) -> int:
+        """Lines that are known of the job's journal."""
+        return self._count(self.path(job))
+
+    def take(self, job: JobId, number: int, lines: bytes) -> list[Record]:
+        """Append `lines`, of which the first is line `number`; what they say.
+
+        Lines that do not follow on what is here, or are damaged, are left out.
+        """
+        rows = lines.splitlines(keepends=True)
+        records = [record for record in map(parse_line, rows) if record is not None]
+        if len(records) != len(rows) or not rows:
+            return []
+        path = self.path(job)
+        again = path.with_name("journal.again")
+        if number == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            again.unlink(missing_ok=True)
+            self._counts[again] = 0
+        target = again if again.exists() or number == 0 else path
+        if number != self._count(target):
+            return []
+        with target.open("ab") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._counts[target] = number + count_lines(records)
+        if target == again and self._counts[again] >= self._count(path):
+            again.replace(path)
+            self._counts[path] = self._counts.pop(again)
+        return records
+
+    def drop(self, job: JobId) -> None:
+        """The job is over, or somebody else's."""
+        folder = self._directory / job
+        if folder.exists():
+            for path in folder.iterdir():
+                self._counts.pop(path, None)
+                path.unlink()
+            folder.rmdir()
+
+    def _count(self, path: Path) -> int:
+        if path not in self._counts:
+            records, whole_bytes = read_journal(path)
+            if path.exists():
+                os.truncate(path, whole_bytes)  # the torn tail of an earlier life
+            self._counts[path] = count_lines(records)
+        return self._counts[path]

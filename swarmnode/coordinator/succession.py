@@ -1,0 +1,140 @@
+"""Ready to take over: follows the journals of jobs that others coordinate, and stands for election.
+
+Whoever loses a coordinator waits in the order of the plan's voters: the coordinator may be
+restarted, and the first that stands usually wins.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from swarmnode.coordinator.events import CheckpointRecord, EndRecord
+from swarmnode.coordinator.standby import StandbyJournals
+from swarmnode.domain import BlobRef, JobId, PeerId, Plan
+from swarmnode.errors import SwarmError
+from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blobs import BlobClient
+from swarmnode.p2p.states import TensorIndex
+from swarmnode.papers import Papers
+from swarmnode.tokens import TokenIndex
+
+PATIENCE_S = 8.0
+"""A dead coordinator that is started again by then goes on itself."""
+NEXT_S = 3.0
+"""Each further voter waits so much longer."""
+NUM_STANDBYS = 2
+"""Voters after the coordinator that also keep what a coordinator needs besides the journal."""
+
+
+class Succession:
+    """For every job that this node works for: what to do once its coordinator is gone."""
+
+    def __init__(
+        self,
+        me: PeerId,
+        journals: StandbyJournals,
+        store: BlobStore,
+        blobs: BlobClient,
+        papers: Callable[[JobId], Papers | None],
+        take_over: Callable[[Papers], None],
+        group: asyncio.TaskGroup,
+        log: Callable[..., None],
+    ) -> None:
+        self._me = me
+        self._journals = journals
+        self._store = store
+        self._blobs = blobs
+        self._papers = papers
+        self._take_over = take_over
+        self._group = group
+        self._log = log
+        self._waiting: dict[JobId, asyncio.Task[None]] = {}
+
+    # ---- what workers report ---------------------------------------------------------------
+
+    def adopted(self, job: JobId, plan: Plan) -> None:
+        """The job has a coordinator that talks to us."""
+        self._stop_waiting(job)
+        papers = self._papers(job)
+        if papers is not None and self._is_standby(plan):
+            self._group.create_task(self._provide(papers), name=f"stand by for {job}")
+
+    def entry(self, job: JobId, number: int, lines: bytes) -> None:
+        """Lines of a journal. Raises: OSError."""
+        papers = self._papers(job)
+        if papers is not None and papers.plan.coordinator == self._me:
+            return
+        # The first lines come before the first plan that we adopt.
+        records = self._journals.take(job, number, lines)
+        if any(isinstance(record, EndRecord) for record in records):
+            self._stop_waiting(job)
+            self._journals.drop(job)
+        elif papers is not None and self._is_standby(papers.plan):
+            newest = [record for record in records if isinstance(record, CheckpointRecord)]
+            if newest:
+                self._group.create_task(self._keep(papers, newest[-1]), name=f"checkpoint of {job}")
+
+    def orphaned(self, job: JobId) -> None:
+        """The coordinator's stream broke: unless somebody comes, stand for election."""
+        papers = self._papers(job)
+        if papers is None or self._me not in papers.plan.voters or job in self._waiting:
+            return
+        rank = papers.plan.voters.index(self._me)
+        if rank > 0:
+            task = self._group.create_task(self._stand(job, rank), name=f"succession of {job}")
+            self._waiting[job] = task
+
+    def num_lines(self, job: JobId) -> int:
+        """Lines of the job's journal that we have."""
+        return self._journals.num_lines(job)
+
+    def _stop_waiting(self, job: JobId) -> None:
+        task = self._waiting.pop(job, None)
+        if task is not None:
+            task.cancel()
+
+    def _is_standby(self, plan: Plan) -> bool:
+        return self._me in plan.voters[1 : 1 + NUM_STANDBYS]
+
+    # ---- tasks -----------------------------------------------------------------------------
+
+    async def _stand(self, job: JobId, rank: int) -> None:
+        await asyncio.sleep(PATIENCE_S + NEXT_S * (rank - 1))
+        del self._waiting[job]
+        papers = self._papers(job)
+        if papers is None or not self._journals.num_lines(job):
+            return
+        self._log("stands for election", job=job, generation=papers.plan.generation)
+        try:
+            if not self._store.has(papers.manifest.tokenizer):
+                await self._fetch(papers, [papers.manifest.tokenizer])
+            self._take_over(papers)
+        except (SwarmError, OSError) as error:
+            self._log("cannot take over", job=job, reason=str(error))
+
+    async def _provide(self, papers: Papers) -> None:
+        """Have what every coordinator gives out: tokenizer and data."""
+        manifest = papers.manifest
+        try:
+            await self._fetch(papers, [manifest.tokenizer])
+            for ref in (manifest.data.train, manifest.data.validation) if manifest.data else ():
+                await self._fetch(papers, [ref])
+                await self._fetch(papers, list(TokenIndex.parse(self._store.read(ref)).chunks))
+        except (SwarmError, OSError) as error:
+            self._log("not ready to take over", job=manifest.job, reason=str(error))
+
+    async def _keep(self, papers: Papers, record: CheckpointRecord) -> None:
+        """Have the newest checkpoint too."""
+        try:
+            await self._fetch(papers, list(record.indexes))
+            for ref in record.indexes:
+                index = TensorIndex.from_json(self._store.read(ref))
+                await self._fetch(papers, list(index.chunks()))
+        except (SwarmError, OSError) as error:
+            self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
+
+    async def _fetch(self, papers: Papers, refs: list[BlobRef]) -> None:
+        plan = papers.plan
+        named = [peer for peer in (plan.coordinator, *plan.workers()) if peer != self._me]
+        addresses: Mapping[PeerId, tuple[str, ...]] = plan.addresses
+        providers = [(peer, addresses.get(peer, ())) for peer in dict.fromkeys(named)]
+        await self._blobs.fetch_all(papers.manifest.job, refs, providers)

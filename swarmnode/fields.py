@@ -1,0 +1,16 @@
+"""The types that fields of messages have: each says what a stranger may put there."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from swarmnode.domain import Generation
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
+Fence = Annotated[Generation, Field(strict=True, ge=0, lt=1 << 62)]
+"""The generation that a message belongs to."""
+Hash = Annotated[str, Field(min_length=8, max_length=64, pattern=r"^[0-9a-f]+$")]
+Text = Annotated[str, Field(max_length=4096)]
+Seconds = Annotated[float, Field(ge=0, le=60)]
+Speed = Annotated[float, Field(gt=0, le=1e12)]
+"""Bytes per second."""

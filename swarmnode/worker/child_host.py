@@ -1,0 +1,293 @@
+"""The worker child of one job: made ready for each generation, fed, listened to, and ended."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from swarmnode.children import Child, python_module, spawn_child
+from swarmnode.domain import Generation, PeerId, Plan
+from swarmnode.engine_messages import Busy, Configure, Configured, EngineMessage, Export, Exported
+from swarmnode.errors import ChildError, ProtocolError, SwarmError
+from swarmnode.manifest import Manifest
+from swarmnode.messages import (
+    MAX_LINK_REPORTS,
+    Applied,
+    Assign,
+    Commit,
+    Evaluated,
+    Failed,
+    Frame,
+    LinkBroken,
+    LinkReport,
+    Message,
+    Placed,
+    Prepare,
+    Prepared,
+    Ready,
+    Saved,
+    SentKind,
+    Traffic,
+)
+from swarmnode.p2p.switch import TensorMessage
+from swarmnode.session_messages import (
+    SessionClose,
+    SessionFailed,
+    SessionFrame,
+    SessionToken,
+)
+from swarmnode.wire import pack, unpack_local
+from swarmnode.worker.assigning import gather, plan_handoffs
+from swarmnode.worker.fetching import Fetcher
+from swarmnode.worker.files import state_path
+from swarmnode.worker.handoff import Handoff
+from swarmnode.worker.state_keeper import StateKeeper
+from swarmnode.worker.tools import HostTools
+
+REPORT_S = 5.0
+"""Seconds of computing after which the coordinator is told, also in the middle of a step."""
+
+
+class ChildHost:
+    """Carries out plans with a child of its own; what it has to say goes to `post`."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        canonical: bytes,
+        tools: HostTools,
+        keeper: StateKeeper,
+        post: Callable[[Message], None],
+    ) -> None:
+        self.plan: Plan | None = None
+        """The plan that is carried out now."""
+        self.control_bytes = 0
+        self._job = manifest.job
+        self._manifest = manifest
+        self._canonical = canonical
+        self._tools = tools
+        self._keeper = keeper
+        self._post = post
+        self._group: asyncio.TaskGroup | None = None
+        self._child: Child | None = None
+        self._assigning: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
+        self._handoffs: dict[int, Handoff] = {}
+        self._is_configuring = False
+        self._wanted: dict[tuple[int, int], Generation] = {}
+        """States to publish as soon as the child has written them: (stage, step)."""
+        self._compute_s = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child else None
+
+    # ---- what it is to do ------------------------------------------------------------------
+
+    def carry_out(self, assign: Assign, group: asyncio.TaskGroup) -> None:
+        """Go over to the plan of `assign`; what goes on about an earlier one is given up."""
+        self._group = group
+        for earlier in (self._assigning, self._preparing):
+            if earlier is not None:
+                earlier.cancel()
+        self.plan = assign.plan
+        self._tools.switch.join(
+            self._job, assign.plan, to_worker=self._on_tensor, on_broken=self._on_broken
+        )
+        task = self._assign(assign)
+        self._assigning = group.create_task(task, name=f"assign {self._job}")
+
+    def prepare(self, prepare: Prepare, group: asyncio.TaskGroup) -> None:
+        """Fetch what a later plan will need, and have a child that is ready to compute."""
+        self._group = group
+        if self._preparing is not None:
+            self._preparing.cancel()
+        self._preparing = group.create_task(self._prepare(prepare), name=f"prepare {self._job}")
+
+    async def _prepare(self, prepare: Prepare) -> None:
+        tools, keeper, plan = self._tools, self._keeper, prepare.plan
+        assign = Assign(self._job, plan, prepare.step, prepare.sources, b"")
+        try:
+            if self._child is None:
+                self._start_child()
+            stages = keeper.expect(stage for stage, _ in prepare.sources)
+            planned = plan_handoffs(assign, tools.me, self._manifest, keeper, stages)
+            fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
+            await gather(assign, self._manifest, planned, keeper, fetcher, tools.me)
+            self._post(Prepared(self._job, plan.generation, prepare.step))
+        except (SwarmError, OSError) as error:  # not needed yet: it will be fetched again
+            self._tools.log("not prepared", job=self._job, reason=str(error)[:300])
+
+    async def stop(self) -> None:
+        """End the child, and with it what only its memory holds."""
+        self._tools.switch.leave(self._job, worker=True)
+        if self._child is not None:
+            child, self._child = self._child, None
+            await asyncio.shield(child.stop(grace_s=2.0))
+        self._keeper.memory.clear()
+        self.plan = self._group = None
+
+    async def _assign(self, assign: Assign) -> None:
+        """Fetch what is missing, then make the child ready for the generation."""
+        tools, keeper, plan = self._tools, self._keeper, assign.plan
+        try:
+            planned = plan_handoffs(assign, tools.me, self._manifest, keeper)
+            fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
+            bases = await gather(assign, self._manifest, planned, keeper, fetcher, tools.me)
+            if self._child is None:
+                self._start_child()
+            configure = Configure(
+                job=self._job,
+                peer=tools.me,
+                plan=plan,
+                step=assign.step,
+                bases=bases,
+                blob_directory=str(tools.store.root),
+                log_directory=str(self._keeper.directory),
+                num_threads=1 if self._manifest.run.deterministic else tools.num_threads,
+                device=tools.device,
+            )
+            self._handoffs = {stage: taken for stage, (taken, _) in planned.items()}
+            self._is_configuring = True
+            await self.send(configure, self._canonical)
+        except (SwarmError, OSError) as error:
+            self._post(Failed(self._job, plan.generation, f"{error}"[:1000]))
+
+    async def commit(self, commit: Commit) -> None:
+        """Let the child apply a step. What follows is done after it, so it counts as applied."""
+        memory = self._keeper.memory
+        for stage in [stage for stage, step in memory.items() if step == commit.step]:
+            memory[stage] = commit.step + 1
+        await self.send(commit)
+
+    async def save(self, generation: Generation, step: int, stage: int) -> None:
+        """Publish the snapshot of that step; without one, or while it is written, ask for it."""
+        assert self._group is not None
+        path = self._keeper.file(stage, step, ("snapshot", "export"))
+        if path is not None:
+            exported = Exported(self._job, generation, step, stage, str(path))
+            self._group.create_task(self._publish(exported), name=f"publish {path}")
+            return
+        self._wanted[stage, step] = generation
+        path = state_path(self._keeper.directory, stage, step, "export")
+        await self.send(Export(self._job, generation, step, stage, str(path)))
+
+    # ---- the child -------------------------------------------------------------------------
+
+    def _start_child(self) -> None:
+        assert self._group is not None
+        self._child = spawn_child(
+            python_module("swarmnode.worker.engine"),
+            env={"OMP_NUM_THREADS": str(self._tools.num_threads), "TOKENIZERS_PARALLELISM": "0"},
+            name=f"worker child of job {self._job}",
+            log=self._keeper.directory / "worker.log",
+        )
+        self._group.create_task(self._read_child(self._child), name=f"child of {self._job}")
+
+    async def send(
+        self, message: Message | EngineMessage, payload: bytes | memoryview = b""
+    ) -> None:
+        """Hand a message to the child, if there is one."""
+        if self._child is None:
+            return
+        with contextlib.suppress(ChildError):  # _read_child reports it
+            await self._child.send(pack(message), payload)
+
+    async def _on_tensor(
+        self, message: TensorMessage, payload: bytes | bytearray | memoryview
+    ) -> None:
+        if self._child is not None:
+            with contextlib.suppress(ChildError):
+                await self._child.send(pack(message), payload)
+
+    async def _read_child(self, child: Child) -> None:
+        try:
+            while True:
+                message, payload = unpack_local(await child.receive())
+                await self._from_child(message, payload)
+        except ChildError as error:
+            self._child = None
+            self._keeper.memory.clear()
+            generation = self.plan.generation if self.plan else Generation(0)
+            self._post(Failed(self._job, generation, str(error)[:1000]))
+            await child.stop(grace_s=0.1)
+
+    async def _from_child(self, message: Message | EngineMessage, payload: memoryview) -> None:
+        match message:
+            case Frame() | SessionFrame() | SessionToken() | SessionFailed() | SessionClose():
+                await self._tools.switch.send(message, payload)
+            case Ready(generation=generation):
+                try:
+                    self._keeper.said(message)
+                except SwarmError as error:
+                    self._post(Failed(self._job, generation, str(error)[:1000]))
+                    return
+                self._post(message)
+                self._post_traffic()
+            case Evaluated():
+                self._post(message)
+                self._post_traffic()
+            case Applied():
+                self._post(message)
+            case Failed():
+                if self._is_configuring:  # what it holds now, nobody knows
+                    self._keeper.memory.clear()
+                self._post(message)
+            case Configured(generation=generation, step=step):
+                await self._placed(generation, step)
+            case Exported():
+                await self._exported(message)
+            case Busy(compute_s=compute_s):
+                self._compute_s += compute_s
+                self._tools.on_compute(compute_s)
+                if self._compute_s > REPORT_S:  # a long step: say that we are at it
+                    self._post_traffic()
+            case _:
+                raise ProtocolError(f"the child does not send {type(message).__name__}")
+
+    async def _placed(self, generation: Generation, step: int) -> None:
+        if self.plan is not None and generation == self.plan.generation:
+            self._is_configuring = False
+            await asyncio.to_thread(self._keeper.took, self._handoffs, step)
+            self._post(Placed(self._job, generation, step))
+
+    async def _exported(self, exported: Exported) -> None:
+        """A file is written: publish it if it was waited for, and delete what it replaces."""
+        assert self._group is not None
+        if not exported.path:
+            return
+        generation = self._wanted.pop((exported.stage, exported.step), None)
+        if generation is not None:
+            name = f"publish {exported.path}"
+            self._group.create_task(self._publish(exported), name=name)
+        if self.plan is not None and (self._assigning is None or self._assigning.done()):
+            await asyncio.to_thread(self._keeper.tidy, self.plan, self._tools.me)
+
+    async def _publish(self, exported: Exported) -> None:
+        """Serve a state in chunks."""
+        generation, step, stage = exported.generation, exported.step, exported.stage
+        try:
+            ref = await asyncio.to_thread(self._keeper.publish, Path(exported.path), step)
+        except (SwarmError, OSError) as error:
+            self._post(Failed(self._job, generation, f"cannot publish: {error}"))
+            return
+        self._post(Saved(self._job, generation, step, stage, ref))
+
+    # ---- what it tells ---------------------------------------------------------------------
+
+    def _post_traffic(self) -> None:
+        sent: dict[SentKind, int] = self._tools.switch.sent(self._job)
+        sent["control"] = self.control_bytes
+        self._post(Traffic(self._job, sent, self._compute_s, self._links()))
+        self._compute_s = 0.0
+
+    def _links(self) -> tuple[LinkReport, ...]:
+        """Our paths to the other peers of the plan, as far as they were measured."""
+        if self.plan is None:
+            return ()
+        reports = [link for link in self._tools.links() if self.plan.names(link.peer)]
+        return tuple(reports[:MAX_LINK_REPORTS])
+
+    def _on_broken(self, peer: PeerId, reason: str) -> None:
+        if self.plan is not None:
+            self._post(LinkBroken(self._job, self.plan.generation, peer, reason[:1000]))

@@ -1,0 +1,140 @@
+"""What an assignment needs of other peers: data, states and updates, by content."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from swarmnode.domain import BlobRef, JobId, PeerId, Plan
+from swarmnode.errors import ProtocolError, RefusedError, SwarmError
+from swarmnode.failpoints import hit
+from swarmnode.manifest import DataContent
+from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blobs import BlobClient
+from swarmnode.p2p.states import TensorIndex, write_safetensors
+from swarmnode.tokens import TokenIndex
+from swarmnode.updates import UpdateIndex
+from swarmnode.worker.handoff import Update
+from swarmnode.worker.training.log import UpdateLog
+
+RETRY_S = (0.25, 0.5, 1.0, 2.0)
+"""Waits between attempts while all refuse: a peer may not have heard of the new plan yet."""
+
+
+class Fetcher:
+    """Fetches for one job under one plan.
+
+    Pieces of what becomes a file of its own are forgotten, unless they were here before: then
+    they are somebody else's, such as a checkpoint's.
+    """
+
+    def __init__(
+        self, job: JobId, plan: Plan, me: PeerId, store: BlobStore, blobs: BlobClient
+    ) -> None:
+        self._job = job
+        self._plan = plan
+        self._me = me
+        self._store = store
+        self._blobs = blobs
+
+    async def data(self, data: DataContent) -> None:
+        """Bring the token streams here: from the coordinator, or from any worker that has them."""
+        for ref in (data.train, data.validation):
+            await self._fetch([ref], [self._plan.coordinator])
+            index = TokenIndex.parse(self._store.read(ref))
+            await self._fetch(index.chunks, [self._plan.coordinator])
+
+    async def state(
+        self, index_ref: BlobRef, providers: Sequence[PeerId], stage: int, path: Path
+    ) -> None:
+        """Write the tensors that `stage` needs of a state to the file `path`."""
+        borrowed = self._absent([index_ref])
+        await self._fetch([index_ref], providers)
+        index = TensorIndex.from_json(self._store.read(index_ref))
+        start, stop = self._plan.layers[stage]
+        is_edge = stage in (0, self._plan.num_stages - 1)
+        index = index.pick(lambda name: is_wanted(name, start, stop, is_edge))
+        borrowed += self._absent(index.chunks())
+        await self._fetch(index.chunks(), providers, _hit_half_way)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(write_safetensors, path, index.tensors, self._store.read)
+        self._forget(borrowed)
+
+    async def updates(
+        self, updates: Sequence[Update], providers: Sequence[PeerId], log: UpdateLog
+    ) -> None:
+        """Put committed updates into the own log.
+
+        Raises: ProtocolError if an index is not one of its step.
+        """
+        borrowed = self._absent([update.ref for update in updates])
+        await self._fetch([update.ref for update in updates], providers)
+        indexes: list[UpdateIndex] = []
+        for update in updates:
+            index = UpdateIndex.from_json(await asyncio.to_thread(self._store.read, update.ref))
+            if index.step != update.step:
+                raise ProtocolError(f"the update of step {update.step} says step {index.step}")
+            indexes.append(index)
+        chunks = [chunk for index in indexes for chunk in index.chunks]
+        borrowed += self._absent(chunks)
+        await self._fetch(chunks, providers, _hit_half_way)
+        for index in indexes:
+            await asyncio.to_thread(self._log, index, log)
+        self._forget(borrowed)
+
+    def _log(self, index: UpdateIndex, log: UpdateLog) -> None:
+        ref = log.write(index.step, [self._store.read(chunk) for chunk in index.chunks])
+        assert ref == index.ref, "every chunk was checked against its hash"
+
+    async def _fetch(
+        self,
+        refs: Sequence[BlobRef],
+        providers: Sequence[PeerId],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """From `providers`, and if they fail from anybody in the plan."""
+        first = list(dict.fromkeys(peer for peer in providers if peer != self._me))
+        everybody = dict.fromkeys((*first, self._plan.coordinator, *self._plan.workers()))
+        rest = [peer for peer in everybody if peer != self._me]
+        rounds = [peers for peers in (first, rest) if peers] or [[]]
+        waits = iter(RETRY_S)
+        while True:
+            failure: SwarmError | None = None
+            for peers in rounds:
+                try:
+                    await self._blobs.fetch_all(self._job, refs, self._known(peers), progress)
+                    return
+                except SwarmError as error:
+                    failure = error
+            assert failure is not None
+            delay_s = next(waits, None) if isinstance(failure, RefusedError) else None
+            if delay_s is None:
+                raise failure
+            await asyncio.sleep(delay_s)
+
+    def _known(self, peers: Iterable[PeerId]) -> list[tuple[PeerId, Sequence[str]]]:
+        return [(peer, self._plan.addresses.get(peer, ())) for peer in peers]
+
+    def _absent(self, refs: Iterable[BlobRef]) -> list[BlobRef]:
+        return [ref for ref in refs if not self._store.has(ref)]
+
+    def _forget(self, refs: Iterable[BlobRef]) -> None:
+        """Give up what was only fetched to be put elsewhere."""
+        for ref in refs:
+            self._store.remove(ref)
+
+
+def _hit_half_way(done_bytes: int, total_bytes: int) -> None:
+    if 2 * done_bytes >= total_bytes > 0:
+        hit("joining")
+
+
+def is_wanted(name: str, start: int, stop: int, is_edge: bool) -> bool:
+    """Whether a stage of layers [start, stop) needs the tensor `name`.
+
+    The first number in a dotted name is its layer; names without one belong to the embeddings,
+    the final norm or the head, which only the first and the last stage hold.
+    """
+    for part in name.partition("::")[0].split("."):
+        if part.isdecimal():
+            return start <= int(part) < stop
+    return is_edge

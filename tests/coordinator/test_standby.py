@@ -1,0 +1,74 @@
+"""Copies of journals that others write: whole lines in order, and never shorter than before."""
+
+from pathlib import Path
+
+from swarmnode.coordinator.events import EndRecord, EvaluationRecord
+from swarmnode.coordinator.journal import Journal, read_journal
+from swarmnode.coordinator.standby import StandbyJournals
+from swarmnode.domain import JobId
+
+JOB = JobId("0123456789abcdef")
+
+
+def lines_of(path: Path, losses: list[float]) -> list[bytes]:
+    journal = Journal(path)
+    for step, loss in enumerate(losses):
+        journal.append(EvaluationRecord(step, loss))
+    journal.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def losses_of(standby: StandbyJournals) -> list[float]:
+    records, _ = read_journal(standby.path(JOB))
+    return [record.loss for record in records if isinstance(record, EvaluationRecord)]
+
+
+def test_lines_are_taken_in_order_and_survive_a_restart(tmp_path: Path) -> None:
+    first, second, third, fourth = lines_of(tmp_path / "journal", [4.0, 3.0, 2.0, 1.0])
+    standby = StandbyJournals(tmp_path / "standby")
+    assert standby.num_lines(JOB) == 0
+    assert [type(r) for r in standby.take(JOB, 0, first)] == [EvaluationRecord]
+    assert standby.take(JOB, 2, third) == [], "a line is missing"
+    assert len(standby.take(JOB, 1, second + third)) == 2
+    assert standby.take(JOB, 1, second) == [], "it is here already"
+    with standby.path(JOB).open("ab") as file:
+        file.write(fourth[:-5])  # torn by a power cut
+    again = StandbyJournals(tmp_path / "standby")
+    assert again.num_lines(JOB) == 3
+    again.take(JOB, 3, fourth)
+    assert losses_of(again) == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_a_journal_that_is_told_again_replaces_the_old_one_only_once_it_is_as_long(
+    tmp_path: Path,
+) -> None:
+    standby = StandbyJournals(tmp_path / "standby")
+    standby.take(JOB, 0, b"".join(lines_of(tmp_path / "old", [9.0, 8.0, 7.0])))
+    new = lines_of(tmp_path / "new", [4.0, 3.0, 2.0, 1.0])
+    standby.take(JOB, 0, new[0])
+    standby.take(JOB, 1, new[1])
+    assert losses_of(standby) == [9.0, 8.0, 7.0]
+    assert standby.num_lines(JOB) == 3
+    standby.take(JOB, 2, new[2])
+    assert losses_of(standby) == [4.0, 3.0, 2.0]
+    standby.take(JOB, 3, new[3])
+    assert losses_of(standby) == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_damaged_lines_change_nothing(tmp_path: Path) -> None:
+    (line,) = lines_of(tmp_path / "journal", [4.0])
+    standby = StandbyJournals(tmp_path / "standby")
+    for wrong in (b"", line[:-1], line.replace(b"4.0", b"5.0"), b"\xff" * 100, line + b"x"):
+        assert standby.take(JOB, 0, wrong) == []
+    assert standby.num_lines(JOB) == 0
+
+
+def test_a_job_that_is_over_leaves_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.append(EndRecord("stopped", "enough"))
+    journal.close()
+    standby = StandbyJournals(tmp_path / "standby")
+    standby.take(JOB, 0, (tmp_path / "journal").read_bytes())
+    standby.drop(JOB)
+    assert standby.num_lines(JOB) == 0
+    assert not standby.path(JOB).parent.exists()

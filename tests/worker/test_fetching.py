@@ -1,0 +1,217 @@
+"""States and updates from other workers, by content; and what a keeper keeps of them."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarmnode import failpoints
+from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
+from swarmnode.errors import ChunkError, DataError, ProtocolError, RefusedError
+from swarmnode.messages import (
+    Ready,
+)
+from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blobs import BlobClient, serve_blobs
+from swarmnode.p2p.memory import MemoryNetwork
+from swarmnode.tensorfiles import read_header
+from swarmnode.updates import index_update
+from swarmnode.worker import fetching
+from swarmnode.worker.fetching import Fetcher
+from swarmnode.worker.files import state_path
+from swarmnode.worker.handoff import Handoff, Update
+from swarmnode.worker.models import save_tensors
+from swarmnode.worker.service import KEPT_S, drop_old_folders
+from swarmnode.worker.state_keeper import StateKeeper
+from swarmnode.worker.training.log import UpdateLog
+
+JOB = JobId("job")
+ME, HOLDER, EMPTY, COORDINATOR = (PeerId(name) for name in ("me", "holder", "empty", "head"))
+PLAN = Plan(
+    Generation(1), ((0, 2), (2, 4)), ((ME, HOLDER), (ME, HOLDER)), COORDINATOR,
+    shadows=((EMPTY,), ()),
+)  # fmt: skip
+BIG = os.urandom(3 << 20)
+
+
+class World:
+    """One who fetches, and three who serve: one has something, two have nothing."""
+
+    def __init__(self, folder: Path, network: MemoryNetwork) -> None:
+        self.folder = folder
+        self.refusals = 0
+        self.stores: dict[PeerId, BlobStore] = {}
+        for peer in (ME, HOLDER, EMPTY, COORDINATOR):
+            self.stores[peer] = BlobStore(folder / peer / "blobs")
+            serve_blobs(network.transport(peer), self.stores[peer], self._allowed)
+        self.store = self.stores[ME]
+        blobs = BlobClient(network.transport(ME), self.store)
+        self.fetcher = Fetcher(JOB, PLAN, ME, self.store, blobs)
+        self.keeper = self.make_keeper(HOLDER)
+
+    def make_keeper(self, peer: PeerId) -> StateKeeper:
+        return StateKeeper(self.folder / peer / "job", self.stores[peer], starts_itself=True)
+
+    def _allowed(self, _peer: PeerId, _job: JobId) -> bool:
+        self.refusals -= 1
+        return self.refusals < 0
+
+    def say(self, step: int, data: bytes, stage: int = 1) -> BlobRef:
+        """The holder logs an update and says so."""
+        ref = self.keeper.log(stage).write(step, [data])
+        slot = SlotId(stage, 1)
+        self.keeper.said(Ready(JOB, Generation(1), step, slot, (), ref, (), ()))
+        return ref
+
+
+@asynccontextmanager
+async def world(folder: Path) -> AsyncIterator[World]:
+    async with asyncio.timeout(30), MemoryNetwork() as network:
+        yield World(folder, network)
+
+
+async def test_updates_come_from_whoever_has_them_into_the_own_log(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        refs = {step: w.say(step, BIG[step:]) for step in (4, 5)}
+        log = UpdateLog(tmp_path / "me" / "stage-1")
+        wanted = [Update(step, 1.0, ref, False) for step, ref in refs.items()]
+        await w.fetcher.updates(wanted, [EMPTY], log)  # not from those who were named first
+        assert log.inventory() == refs
+        assert log.update_path(5).read_bytes() == BIG[5:]
+        left = [p for p in (tmp_path / "me" / "blobs").rglob("*") if p.is_file()]
+        assert left == [], "what is in the log now is not kept twice"
+
+
+async def test_an_update_of_another_step_is_refused(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        ref = w.say(4, b"x")
+        log = UpdateLog(tmp_path / "me" / "stage-1")
+        with pytest.raises(ProtocolError, match="says step 4"):
+            await w.fetcher.updates([Update(5, 1.0, ref, False)], [HOLDER], log)
+        missing = index_update(7, [b"nobody has this"]).ref
+        with pytest.raises(ChunkError):
+            await w.fetcher.updates([Update(7, 1.0, missing, False)], [HOLDER], log)
+        assert log.inventory() == {}
+
+
+async def test_who_does_not_know_the_plan_yet_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as w:
+        ref = w.say(4, b"x")
+        log = UpdateLog(tmp_path / "me" / "stage-1")
+        monkeypatch.setattr(fetching, "RETRY_S", (0.0,))
+        w.refusals = 4  # each of the three, and the holder that was asked first
+        await w.fetcher.updates([Update(4, 1.0, ref, False)], [HOLDER], log)
+        assert log.inventory() == {4: ref}
+        w.refusals = 1000
+        other = w.say(5, b"y")
+        with pytest.raises(RefusedError):
+            await w.fetcher.updates([Update(5, 1.0, other, False)], [HOLDER], log)
+
+
+async def test_a_published_state_is_fetched_without_what_other_stages_need(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        tensors = {f"model.layers.{n}.w": torch.full((5,), float(n)) for n in range(4)}
+        source = state_path(w.keeper.directory, 0, 6, "snapshot")
+        source.parent.mkdir(parents=True)
+        save_tensors(source, tensors)
+        ref = w.keeper.publish(source, 6)
+        path = state_path(tmp_path / "me" / "job", 1, 6, "fetched")
+        await w.fetcher.state(ref, [HOLDER], 1, path)
+        assert sorted(read_header(path)) == ["model.layers.2.w", "model.layers.3.w"]
+        keeper = w.make_keeper(ME)
+        keeper.load()
+        assert keeper.holding(1).snapshots == (6,)
+
+
+# ---- what is kept ------------------------------------------------------------------------------
+
+
+def snapshot(keeper: StateKeeper, step: int, kind: str = "snapshot", stage: int = 1) -> Path:
+    path = state_path(keeper.directory, stage, step, kind)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, {"x": torch.zeros(3)})
+    return path
+
+
+async def test_tidying_keeps_two_snapshots_and_the_log_since_the_older(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        refs = {step: w.say(step, b"%d" % step) for step in range(3, 12)}
+        files = {step: snapshot(w.keeper, step) for step in (3, 6)}
+        w.keeper.tidy(PLAN, HOLDER)
+        assert sorted(w.keeper.holding(1).log) == list(range(3, 12))
+        files[9] = snapshot(w.keeper, 9)
+        exports = [snapshot(w.keeper, step, "export") for step in (7, 8, 10)]
+        foreign = snapshot(w.keeper, 9, stage=7)
+        w.keeper.tidy(PLAN, HOLDER)
+        assert [path.exists() for path in files.values()] == [False, True, True]
+        assert [path.exists() for path in exports] == [False, True, True]
+        assert not foreign.parent.exists(), "a stage that is held no more"
+        assert w.keeper.holding(1).log == {step: refs[step] for step in range(6, 12)}
+        with pytest.raises(ChunkError):
+            w.stores[HOLDER].read(refs[5])
+        assert w.stores[HOLDER].read(refs[6])
+
+
+async def test_a_generation_forgets_what_was_prepared_and_never_committed(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        for step in (4, 5):
+            w.say(step, b"x")
+        w.keeper.memory = {1: 5}
+        assert [ready.step for ready in w.keeper.readies()] == [5]
+        w.keeper.memory = {1: 6}
+        assert w.keeper.readies() == (), "applied: it is known to be committed"
+        w.keeper.memory = {1: 5}
+        w.keeper.took({1: Handoff("keep", 5, (), (), (5,))}, 5)
+        assert w.keeper.readies() == ()
+        assert list(w.keeper.holding(1).log) == [4]
+        assert w.keeper.memory == {1: 5}
+
+
+async def test_other_layers_are_another_stage(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        for stage in (0, 1):
+            w.say(4, b"x", stage)
+        new = Plan(Generation(2), ((0, 2), (2, 5)), PLAN.slots, COORDINATOR)
+        w.keeper.change_layers(PLAN, new)
+        assert list(w.keeper.holding(0).log) == [4]
+        assert list(w.keeper.holding(1).log) == []
+
+
+async def test_a_ready_that_the_log_does_not_bear_out_is_refused(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        w.keeper.log(1).write(4, [b"x"])
+        wrong = Ready(JOB, Generation(1), 4, SlotId(1, 1), (), BlobRef("0" * 64, 1), (), ())
+        with pytest.raises(DataError):
+            w.keeper.said(wrong)
+
+
+def test_folders_that_nobody_touched_for_a_week_go(tmp_path: Path) -> None:
+    old, young = tmp_path / "old", tmp_path / "young"
+    for folder in (old, young):
+        (folder / "stage-0").mkdir(parents=True)
+        (folder / "stage-0" / "3.update").touch()
+    now_s = 1e9
+    for path in (old, *old.rglob("*"), young, young / "stage-0"):
+        os.utime(path, (0, now_s - KEPT_S - 1))
+    os.utime(young / "stage-0" / "3.update", (0, now_s - KEPT_S + 1))
+    drop_old_folders(tmp_path, now_s)
+    assert (old.exists(), young.exists()) == (False, True)
+    drop_old_folders(tmp_path / "nowhere", now_s)
+
+
+@pytest.mark.parametrize(
+    ("armed", "step", "found"),
+    [("after_log", 3, True), ("after_log:3", 3, True), ("after_log:3", 4, False), ("", 3, False),
+     ("before_log", 3, False)],
+)  # fmt: skip
+def test_a_failpoint_is_armed_by_name_and_step(
+    armed: str, step: int, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failpoints, "_ARMED", armed)
+    assert failpoints.is_armed("after_log", step) is found
