@@ -127,6 +127,8 @@ class Plan:
     them hosts one of its slots. Shadow k of a stage is addressed as slot num_slots + k."""
     voters: tuple[PeerId, ...] = ()
     """Whose majority begins the next generation, in order of succession, the coordinator first."""
+    voters_before: tuple[PeerId, ...] = ()
+    """Those of the last plan that began before: without them nobody begins this one or another."""
 
     @property
     def num_stages(self) -> int:

@@ -120,6 +120,15 @@ class Assign:
 
 
 @dataclass(frozen=True)
+class Adopt:
+    """A voter of the plan before that has no part in `plan` remembers that this one follows."""
+
+    job: JobId
+    plan: Plan
+    lease: Annotated[bytes, Field(max_length=1 << 16)] = b""
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Fetch what you will need to take these slots of `plan` later, while the job goes on.
 
@@ -223,6 +232,8 @@ class Answer:
     its log."""
     vote: Annotated[bytes, Field(max_length=64)] = b""
     """The worker's signature, where another than the coordinator so far asks."""
+    is_warm: bool = True
+    """Whether it can compute at once; starting the process that does takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +243,14 @@ class Placed:
     job: JobId
     generation: Fence
     step: Count
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """The answer to Adopt: the plan is on this voter's disk."""
+
+    job: JobId
+    generation: Fence
 
 
 @dataclass(frozen=True)
@@ -350,7 +369,7 @@ class LinkBroken:
 
 Message = (
     Frame | Announce | SessionFrame | SessionToken | SessionFailed | SessionClose
-    | Inquire | Assign | Prepare | Begin | Commit | Entry | Save | Release | Ping
-    | Answer | Placed | Prepared | Failed | Ready | Evaluated | Applied | Saved | Traffic
+    | Inquire | Assign | Adopt | Prepare | Begin | Commit | Entry | Save | Release | Ping
+    | Answer | Placed | Adopted | Prepared | Failed | Ready | Evaluated | Applied | Saved | Traffic
     | Leaving | LinkBroken
 )  # fmt: skip

@@ -4,6 +4,7 @@ A file is eight bytes with the header's length (little endian), the header (JSON
 Everything is checked before it is believed: files come from strangers.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -28,6 +29,8 @@ ITEM_BYTES: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes per value of every dtype that is accepted."""
+DATA_SHA256 = "data_sha256"
+"""Metadata of files that we write: over `NAME line-feed bytes` of all tensors, sorted by name."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,25 @@ def read_bytes(span: TensorSpan) -> bytearray:
     if num_read != span.num_bytes:
         raise DataError(f"{span.file} ended early: it changed while it was read")
     return buffer
+
+
+def check_data(path: Path) -> None:
+    """Check a file's tensors against the hash in its metadata, where it has one.
+
+    Raises: DataError if they are others than were written.
+    """
+    spans = read_header(path)
+    with _open_regular(path) as file:
+        header = _parse(file.read(int.from_bytes(file.read(8), "little")), path)
+    said = header.get("__metadata__", {}).get(DATA_SHA256)
+    if said is None:
+        return
+    digest = hashlib.sha256()
+    for name, span in sorted(spans.items()):
+        digest.update(name.encode() + b"\n")
+        digest.update(read_bytes(span))
+    if digest.hexdigest() != said:
+        raise DataError(f"{path} is damaged: its tensors are not those that were written")
 
 
 def _read_indexed(folder: Path) -> dict[str, TensorSpan]:

@@ -140,13 +140,15 @@ class StartedRecord:
     slots: tuple[tuple[PeerId, ...], ...]
     shadows: tuple[tuple[PeerId, ...], ...]
     voters: tuple[PeerId, ...]
+    voters_before: tuple[PeerId, ...]
     addresses: dict[PeerId, tuple[str, ...]]
 
     @staticmethod
     def of(plan: Plan, step: int) -> "StartedRecord":
         return StartedRecord(
             plan.generation, step, plan.coordinator,
-            plan.layers, plan.slots, plan.shadows, plan.voters, dict(plan.addresses),
+            plan.layers, plan.slots, plan.shadows, plan.voters, plan.voters_before,
+            dict(plan.addresses),
         )  # fmt: skip
 
     def plan(self) -> Plan:
@@ -158,8 +160,17 @@ class StartedRecord:
             coordinator=self.coordinator,
             shadows=self.shadows,
             voters=self.voters,
+            voters_before=self.voters_before,
             addresses=self.addresses,
         )
+
+
+@dataclass(frozen=True)
+class BegunRecord:
+    """A majority of the voters before has adopted the plan of `generation`: nobody else can begin
+    another one without its voters."""
+
+    generation: Generation
 
 
 @dataclass(frozen=True)
@@ -208,6 +219,7 @@ Record = (
     SubmittedRecord
     | HistoryRecord
     | StartedRecord
+    | BegunRecord
     | CommitRecord
     | CheckpointRecord
     | EvaluationRecord

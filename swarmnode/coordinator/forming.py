@@ -1,5 +1,6 @@
 """A generation in the making: asked for, agreed on, placed, and every state on its way."""
 
+import contextlib
 import math
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from swarmnode.coordinator.recovery import CommitLog, Finder, Origin, Sources
 from swarmnode.coordinator.shadows import choose_shadows, choose_voters
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.coordinator.solver.fill import solve
-from swarmnode.domain import Generation, JobId, ModelFacts, PeerId, Plan
+from swarmnode.domain import Advert, Generation, JobId, ModelFacts, PeerId, Plan
+from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
+    Adopt,
     Assign,
     Committed,
     Inquire,
@@ -34,8 +37,16 @@ class Head:
 
     step: int
     plan: Plan | None
+    is_begun: bool
     commits: CommitLog
     origin: Origin
+
+    @property
+    def begun_voters(self) -> tuple[PeerId, ...]:
+        """The voters of the last plan that is known to have begun."""
+        if self.plan is None:
+            return ()
+        return self.plan.voters if self.is_begun else self.plan.voters_before
 
 
 @dataclass
@@ -70,7 +81,7 @@ class Forming:
         wanted = self.wanted or solve(peers, self.facts, self.manifest, previous=head.plan)
         named = {peer for row in wanted.slots for peer in row} | {self.me} | holders
         if head.plan is not None:
-            named |= {*head.plan.voters, *head.plan.workers()}
+            named |= {*self.inquiry.voters, *head.plan.workers()}
         others = [advert.peer for advert in peers if advert.peer not in named]
         return self._inquire([*named, *others[:MAX_ASKED]], head, now_s)
 
@@ -111,7 +122,7 @@ class Forming:
         peers = [advert for advert in pool.usable(now_s) if advert.peer in granted]
         decision = self.wanted
         if decision is None or not {p for row in decision.slots for p in row} <= granted.keys():
-            decision = solve(peers, self.facts, self.manifest, previous=head.plan)
+            decision, peers = self._decide(head, peers)
         finder = Finder(
             granted, decision.layers, head.step, head.commits, head.origin, self.distrusted
         )
@@ -130,13 +141,24 @@ class Forming:
             for stage, (peer, step) in saves.items()
         ]
 
+    def _decide(self, head: Head, peers: list[Advert]) -> tuple[Decision, list[Advert]]:
+        """A placement, and who takes part: at first those alone who can compute at once, where
+        these hold every stage between them. The others get their share when they are ready."""
+        plan, granted = head.plan, self.inquiry.granted
+        warm = [advert for advert in peers if granted[advert.peer].is_warm]
+        held = {held.stage for advert in warm for held in granted[advert.peer].held}
+        if plan is not None and held == set(range(plan.num_stages)):
+            with contextlib.suppress(CapacityError):
+                return solve(warm, self.facts, self.manifest, previous=plan), warm
+        return solve(peers, self.facts, self.manifest, previous=plan), peers
+
     def saved(self, peer: PeerId, saved: Saved) -> None:
         """A holder has published the state that others wait for."""
         if self._sources.saves.get(saved.stage) == (peer, saved.step):
             source = StateSource("fetch", saved.step, saved.index, (peer,))
             self._saved[saved.stage] = source
 
-    def plan_of(self, pool: Pool) -> Plan | None:
+    def plan_of(self, head: Head, pool: Pool) -> Plan | None:
         """The plan, once every state is at hand."""
         decision = self._decision
         if decision is None or self._saved.keys() != self._sources.saves.keys():
@@ -145,7 +167,9 @@ class Forming:
         grids = (decision.slots, self._shadows)
         named = [self.me, *(peer for grid in grids for row in grid for peer in row)]
         addresses = pool.addresses(sorted({*named, *self.inquiry.granted}))
-        return decision.plan(self.inquiry.generation, self.me, addresses, self._shadows, voters)
+        return decision.plan(
+            self.inquiry.generation, self.me, addresses, self._shadows, voters, head.begun_voters
+        )
 
     def assignments(self, plan: Plan, head: Head) -> list[Effect]:
         """What each holder is told."""
@@ -154,7 +178,9 @@ class Forming:
         commits: tuple[Committed, ...] = (
             head.commits.since(self._sources.first_step, head.step) or ()
         )
-        return [
+        bystanders = sorted(self.inquiry.voters - set(plan.workers()))
+        adopts: list[Effect] = [Send(peer, Adopt(self.job, plan)) for peer in bystanders]
+        return adopts + [
             Send(
                 peer,
                 Assign(

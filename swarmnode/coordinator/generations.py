@@ -11,6 +11,7 @@ from swarmnode.coordinator.inquiry import Inquiry
 from swarmnode.coordinator.job_state import JobState
 from swarmnode.coordinator.preparing import Preparing
 from swarmnode.coordinator.publications import Publications
+from swarmnode.coordinator.shadows import choose_shadows
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.votes import DisagreementError, DivergedError, StateHashes, Votes
@@ -35,7 +36,10 @@ class Generations(JobState):
         self._forming: Forming | None = None
         self._proposed = Generation(0)
         self._distrusted: frozenset[int] = frozenset()
+        self._agreement: Inquiry | None = None
+        """The question from which the plan came: its voters must adopt the plan too."""
         self._placed: set[PeerId] = set()
+        self._adopted: set[PeerId] = set()
         self._votes = Votes()
         self._hashes = StateHashes()
         self._publications = Publications()
@@ -44,6 +48,8 @@ class Generations(JobState):
         self._moved_s = now_s
         self._evaluation_due = False
         self._preparing: Preparing | None = None
+        self._thin_until_s = now_s
+        """When to look again for a second holder of a stage."""
         self._somebody_leaves = False
         self._leftover: set[PeerId] = set()
         """Peers that have no part in the plan, and may still hold what its workers fetch."""
@@ -74,7 +80,10 @@ class Generations(JobState):
             self._forming.inquiry.lost(peer)
             is_needed = self._forming.is_gathering and is_news
             return self._form(now_s) if is_needed else self._take_stock(now_s)
-        return [Hangup(peer), *self._form(now_s)] if self.is_worker(peer) else []
+        is_voter = self._agreement is not None and peer in self._agreement.voters
+        if self.is_worker(peer) or (self.phase == "placing" and is_voter):
+            return [Hangup(peer), *self._form(now_s)]
+        return []
 
     def _on_tick(self, now_s: float) -> list[Effect]:
         self._publications.expire(now_s)
@@ -92,7 +101,7 @@ class Generations(JobState):
         if now_s - self._moved_s > patience_s:
             self.reason = f"no progress for {now_s - self._moved_s:.0f} s; begun again"
             return self._failed_once(now_s)
-        return self.look_for_better(now_s)
+        return self._second_holders(now_s) + self.look_for_better(now_s)
 
     def _on_broken_link(self, now_s: float) -> list[Effect]:
         """Both ends live, but not for each other: begin again, the second time without one."""
@@ -131,8 +140,34 @@ class Generations(JobState):
     def _prepare(self, decision: Decision, plan: Plan, now_s: float) -> list[Effect]:
         if self.is_trained:
             return []
-        self._preparing = Preparing(self.job, decision, plan, now_s)
+        shadows = self._shadows_of(decision, plan, now_s)
+        self._preparing = Preparing(self.job, decision, shadows, plan, now_s)
         return self._preparing.begin(self._signature)
+
+    def _shadows_of(
+        self, decision: Decision, plan: Plan, now_s: float
+    ) -> tuple[tuple[PeerId, ...], ...]:
+        peers = self.pool.usable(now_s)
+        return choose_shadows(
+            decision, peers, self.facts, self.manifest, lambda s, peer: peer in plan.holders(s)
+        )
+
+    def _second_holders(self, now_s: float) -> list[Effect]:
+        """A stage that a single machine holds gets another one, as soon as there is one."""
+        plan, is_busy = self.plan, self._preparing or self._forming or self.replanning.chosen
+        if plan is None or self.phase != "training" or is_busy or now_s < self._thin_until_s:
+            return []
+        if all(len(set(plan.holders(s))) > 1 for s in range(plan.num_stages)):
+            return []
+        self._thin_until_s = now_s + patience.SECOND_HOLDER_S
+        decision = Decision(
+            plan.layers, plan.slots, plan.predicted_step_s, plan.bound_s, plan.reasons, ()
+        )
+        shadows = self._shadows_of(decision, plan, now_s)
+        if not any(set(dark) - set(plan.holders(s)) for s, dark in enumerate(shadows)):
+            return []
+        self.replanning.chosen = decision
+        return self._prepare(decision, plan, now_s)
 
     def _is_time_to_move(self, now_s: float) -> bool:
         """At a step boundary: whether to go over to another placement now."""
@@ -149,7 +184,7 @@ class Generations(JobState):
         self._broken_links.begun_again()
         self._moved_s = now_s
         self._proposed = Generation(max(self.generation, self._proposed) + 1)
-        inquiry = Inquiry(self._proposed, self.plan, self.me)
+        inquiry = Inquiry(self._proposed, self.plan, self.me, is_begun=self.is_begun)
         self._forming = Forming(
             self.job, self.manifest, self.facts, self.me, self._signature,
             inquiry, wanted, self._distrusted,
@@ -182,6 +217,13 @@ class Generations(JobState):
         forming.inquiry.heard(peer, answer, now_s)
         return self._take_stock(now_s)
 
+    @property
+    def _ask_again_s(self) -> float:
+        """Candidates ask again after different times, or they would always refuse each other."""
+        voters = self.plan.voters if self.plan is not None else ()
+        rank = voters.index(self.me) if self.me in voters else len(voters)
+        return patience.ASK_AGAIN_S * (1 + rank)
+
     def _take_stock(self, now_s: float) -> list[Effect]:
         """Go on with the generation that is being formed, as far as the answers allow."""
         forming = self._forming
@@ -196,7 +238,7 @@ class Generations(JobState):
         if not inquiry.is_settled(now_s):
             if inquiry.is_refused:
                 self._proposed = Generation(max(self._proposed, inquiry.highest_promise))
-                if now_s - self._moved_s >= patience.ASK_AGAIN_S:
+                if now_s - self._moved_s >= self._ask_again_s:
                     return self._form(now_s)
             return []
         finished = self._finish_step(forming, now_s)
@@ -205,6 +247,10 @@ class Generations(JobState):
         except CapacityError as error:
             return finished + self._wait_for_peers(error)
         if forming.missing:
+            if inquiry.has_refusals and now_s - self._moved_s >= self._ask_again_s:
+                # Who has it may have promised itself to another candidate: ask for more.
+                self._proposed = Generation(max(self._proposed, inquiry.highest_promise))
+                return finished + self._form(now_s)
             stages = ", ".join(map(str, forming.missing))
             self.reason = f"nobody here has stage {stages} at step {self.step}; looking for it"
         return finished + effects + self._assign(now_s)
@@ -240,7 +286,7 @@ class Generations(JobState):
     def _assign(self, now_s: float) -> list[Effect]:
         """Once every state that must move is published: begin the generation."""
         forming = self._forming
-        plan = forming.plan_of(self.pool) if forming is not None else None
+        plan = forming.plan_of(self.head, self.pool) if forming is not None else None
         if forming is None or plan is None:
             return []
         kept = {*plan.workers(), *plan.voters}
@@ -253,11 +299,13 @@ class Generations(JobState):
         self._leftover -= kept
         effects: list[Effect] = [Write(on.StartedRecord.of(plan, self.step))]
         effects += forming.assignments(plan, self.head)
-        self._forming = None
+        self._forming, self._agreement = None, forming.inquiry
         self._distrusted = frozenset()
         self._somebody_leaves = False
         self.plan, self.generation, self.phase = plan, plan.generation, "placing"
+        self.is_begun = False
         self._placed.clear()
+        self._adopted.clear()
         self._votes.clear()
         self._hashes.clear()
         self.outlook.measured.disturbed()
@@ -266,10 +314,21 @@ class Generations(JobState):
         self._publications.give_up_unanswered()
         return effects
 
-    def _let_go(self) -> list[Effect]:
-        """Everybody has its state: who gave it and is not needed any more may forget the job."""
+    def _begin_generation(self) -> list[Effect] | None:
+        """Once all have their states and a majority has the plan: nobody can begin another one.
+
+        Who gave states and is not needed any more may forget the job. None while some are missing.
+        """
+        plan, agreement = self.plan, self._agreement
+        assert plan is not None
+        assert agreement is not None
+        if self._placed != set(plan.workers()):
+            return None
+        if not agreement.is_majority(self._placed | self._adopted):
+            return None
+        self.is_begun = True
         leftover, self._leftover = sorted(self._leftover), set()
-        effects: list[Effect] = []
+        effects: list[Effect] = [Write(on.BegunRecord(plan.generation))]
         for peer in leftover:
             effects += [Send(peer, Release(self.job, "others do it now")), Hangup(peer)]
         return effects
@@ -296,6 +355,7 @@ class Generations(JobState):
 
     def _end(self, phase: Literal["stopped", "failed"], reason: str) -> list[Effect]:
         self.phase, self.reason = phase, reason
-        workers = self.plan.workers() if self.plan else ()
+        named = {*self.plan.workers(), *self.plan.voters} if self.plan else set()
         effects: list[Effect] = [Write(on.EndRecord(phase, reason))]
-        return effects + [Send(peer, Release(self.job, reason)) for peer in workers]
+        holders = sorted(named | self._leftover)  # a voter may still hold what it hosted before
+        return effects + [Send(peer, Release(self.job, reason)) for peer in holders]

@@ -1,7 +1,7 @@
 """The question before every generation: who takes part, who agrees, who holds what."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.messages import (
@@ -23,14 +23,22 @@ class Inquiry:
     The coordinator so far wins ties, so that of two nodes the one that coordinates goes on alone.
     """
 
-    def __init__(self, generation: Generation, before: Plan | None, me: PeerId) -> None:
+    def __init__(
+        self, generation: Generation, before: Plan | None, me: PeerId, *, is_begun: bool = True
+    ) -> None:
+        """`is_begun`: whether the plan `before` is known to have begun. If not, it takes those who
+        could have begun it: the coordinator, who knows that it has not, needs no others."""
         self.generation = generation
         self.granted: dict[PeerId, Answer] = {}
         """Who agreed, and what they hold."""
         self._me = me
-        self._voters = (before.voters if before else ()) or (me,)
-        self._known = before.generation if before else Generation(0)
         self._is_incumbent = before is None or before.coordinator == me
+        self.quorums = [(before.voters if before else ()) or (me,)]
+        """Of each of these groups a majority must agree."""
+        if before is not None and not is_begun and before.voters_before:
+            others = [] if self._is_incumbent else self.quorums
+            self.quorums = [*others, before.voters_before]
+        self._known = before.generation if before else Generation(0)
         self._refused: dict[PeerId, Answer] = {}
         self._asked_s: dict[PeerId, float] = {}
         self._lost: set[PeerId] = set()
@@ -48,9 +56,14 @@ class Inquiry:
                 due.append(peer)
         return due
 
+    @property
+    def voters(self) -> frozenset[PeerId]:
+        """Everybody whose word counts."""
+        return frozenset(peer for group in self.quorums for peer in group)
+
     def again(self, now_s: float) -> list[PeerId]:
         """Everybody who was asked in vain, once it is time to try again."""
-        return self.ask(self._asked_s.keys() | set(self._voters), now_s)
+        return self.ask(self._asked_s.keys() | self.voters, now_s)
 
     def heard(self, peer: PeerId, answer: Answer, now_s: float) -> None:
         """An answer to this question."""
@@ -71,11 +84,18 @@ class Inquiry:
             self._lost.add(peer)
             self.granted.pop(peer, None)
 
+    def is_majority(self, agreed: Set[PeerId]) -> bool:
+        """Whether `agreed` are enough of every group."""
+        return all(self._is_enough(group, agreed) for group in self.quorums)
+
+    def _is_enough(self, group: Sequence[PeerId], agreed: Set[PeerId]) -> bool:
+        count = sum(voter in agreed for voter in group)
+        is_tie = self._is_incumbent and self._me in group and self._me in agreed
+        return 2 * count > len(group) or (is_tie and 2 * count == len(group))
+
     @property
     def has_majority(self) -> bool:
-        for_us = sum(voter in self.granted for voter in self._voters)
-        is_tie = self._is_incumbent and self._me in self._voters and self._me in self.granted
-        return 2 * for_us > len(self._voters) or (is_tie and 2 * for_us == len(self._voters))
+        return self.is_majority(self.granted.keys())
 
     def is_settled(self, now_s: float) -> bool:
         """Whether a majority agreed, and everybody else has had time to answer."""
@@ -96,16 +116,17 @@ class Inquiry:
 
     @property
     def successor(self) -> PeerId | None:
-        """Whom a majority of the voters follows instead, if they do."""
-        followed = [
-            answer.promised_to
-            for voter, answer in self._refused.items()
-            if voter in self._voters and answer.promised > self._known
-        ]
-        for peer in set(followed) - {self._me}:
-            if 2 * followed.count(peer) > len(self._voters):
-                return peer
+        """Whom a majority of some group follows instead, if it does."""
+        later = {p: a.promised_to for p, a in self._refused.items() if a.promised > self._known}
+        for group in self.quorums:
+            for peer in set(later.values()) - {self._me}:
+                if 2 * sum(later.get(voter) == peer for voter in group) > len(group):
+                    return peer
         return None
+
+    @property
+    def has_refusals(self) -> bool:
+        return bool(self._refused)
 
     @property
     def highest_promise(self) -> Generation:
@@ -116,5 +137,7 @@ class Inquiry:
     @property
     def is_refused(self) -> bool:
         """Whether no majority can come of it any more without asking with a higher number."""
-        against = sum(voter in self._refused for voter in self._voters)
-        return 2 * against >= len(self._voters)
+        return any(
+            2 * sum(voter in self._refused for voter in group) >= len(group)
+            for group in self.quorums
+        )

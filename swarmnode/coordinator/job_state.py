@@ -29,7 +29,9 @@ class JobState:
         self.phase = "waiting"
         self.reason = ""
         self.plan: Plan | None = None
-        """The last plan that was begun, also while the next one is formed."""
+        """The last plan that was told to anybody, also while the next one is formed."""
+        self.is_begun = False
+        """Whether a majority of the voters before has adopted `plan`."""
         self.generation = Generation(0)
         self.step = manifest.start_step
         """Committed steps."""
@@ -56,7 +58,7 @@ class JobState:
     def head(self) -> Head:
         """What the next generation starts from."""
         beginning = origin(self.checkpoint, self.manifest, self.me)
-        return Head(self.step, self.plan, self.commits, beginning)
+        return Head(self.step, self.plan, self.is_begun, self.commits, beginning)
 
     def is_worker(self, peer: PeerId) -> bool:
         return self.plan is not None and peer in self.plan.workers()
@@ -126,9 +128,12 @@ class JobState:
                     self.progress.validation = list(validation)
                 case on.StartedRecord(step=step) as started:
                     self.plan, self.generation = started.plan(), started.generation
+                    self.is_begun = False
                     self.step = step
                     self.commits.rewind(step)
                     self.progress.rewind(step)
+                case on.BegunRecord(generation):
+                    self.is_begun = generation == self.generation
                 case on.CommitRecord() as commit:
                     self.step = commit.step + 1
                     self.commits.add(commit.committed)

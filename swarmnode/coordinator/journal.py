@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from swarmnode.coordinator.events import (
+    BegunRecord,
     CheckpointRecord,
     CommitRecord,
     EvaluationRecord,
@@ -137,6 +138,8 @@ def fold(records: Sequence[Record]) -> list[Record]:
         match record:
             case HistoryRecord(_, first_step, known, seen):
                 losses, validation = list(known), dict(seen)
+            case BegunRecord():
+                plan = [*plan[:1], record]
             case StartedRecord(step=step):
                 first_step = step if not losses else first_step
                 del losses[step - first_step :]

@@ -6,6 +6,7 @@ generation from the same weights. How a generation is formed is in forming.py.
 """
 
 from swarmnode.coordinator import events as on
+from swarmnode.coordinator import patience
 from swarmnode.coordinator.events import Effect, Event, Send, Write
 from swarmnode.coordinator.generations import Generations
 from swarmnode.coordinator.votes import (
@@ -15,6 +16,7 @@ from swarmnode.coordinator.votes import (
 from swarmnode.domain import BlobRef, ModelFacts, PeerId, SlotId
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
+    Adopted,
     Answer,
     Applied,
     Begin,
@@ -39,6 +41,8 @@ class Ledger(Generations):
     ) -> None:
         super().__init__(manifest, facts, me, signature, now_s)
         self._evaluated: dict[SlotId, Evaluated] = {}
+        self._save_again_s = now_s
+        """When a final state that could not be stored is asked for again."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Take one event; the effects must be performed in order."""
@@ -54,6 +58,11 @@ class Ledger(Generations):
                 return self._on_answer(peer, answer, now_s)
             case on.Heard(peer, Saved() as saved):
                 return self._on_saved(peer, saved, now_s)
+            case on.Heard(peer, Adopted(generation=generation)):
+                if generation != self.generation or self.phase != "placing" or self._forming:
+                    return []
+                self._adopted.add(peer)
+                return self._begin_if_agreed(now_s)
             case on.Heard(peer, Prepared()):
                 if self._preparing is not None:
                     self._preparing.prepared(peer)
@@ -70,12 +79,14 @@ class Ledger(Generations):
                 return self._on_stored(stage, step, index, now_s)
             case on.StateLost(step=step):
                 self._publications.give_up(step)
-                is_last = self.phase == "saving" and step == self.step
-                return self._failed_once(now_s) if is_last else []
+                self._save_again_s = now_s + patience.ASK_AGAIN_S
+                return []
             case on.Improved(asked, found):
                 self.replanning.answered(self.generation, asked, found, now_s)
                 return self._on_better(now_s)
             case on.Tick():
+                if self.phase == "saving" and self._forming is None:
+                    return self._on_tick(now_s) + self._finish_saving(now_s)
                 return self._on_tick(now_s)
             case on.StopAsked(reason):
                 return self._end("stopped", reason)
@@ -90,9 +101,7 @@ class Ledger(Generations):
             case Placed(step=step) if self.phase == "placing" and step == self.step:
                 self._placed.add(peer)
                 self._moved_s = now_s
-                if self._placed == set(plan.workers()):
-                    self.reason = ""
-                    return self._let_go() + self._next(now_s)
+                return self._begin_if_agreed(now_s)
             case Ready(step=step, source=source) if self.phase == "training":
                 if step == self.step and source in plan and plan.host(source) == peer:
                     self._votes.add(message)
@@ -118,6 +127,13 @@ class Ledger(Generations):
             case LinkBroken(peer=other):
                 self._broken_links.add(peer, other, now_s)
         return []
+
+    def _begin_if_agreed(self, now_s: float) -> list[Effect]:
+        begun = self._begin_generation()
+        if begun is None:
+            return []
+        self.reason = ""
+        return begun + self._next(now_s)
 
     def _next(self, now_s: float) -> list[Effect]:
         """What comes after a commit, an evaluation or a placement."""
@@ -198,7 +214,8 @@ class Ledger(Generations):
         trained = self.manifest.num_steps > 0
         if trained and (self.checkpoint is None or self.checkpoint.step != self.step):
             self.phase = "saving"
-            if self.step in self._publications or self.plan is None:
+            is_early = now_s < self._save_again_s
+            if self.step in self._publications or self.plan is None or is_early:
                 return []
             return self._publications.ask(self.job, self.plan, self.step, now_s)
         self.phase = "serving"

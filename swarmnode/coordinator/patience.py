@@ -13,6 +13,8 @@ GATHER_PATIENCE_S = 60.0
 """A holder that does not publish its state for this long is asked again, or another one."""
 ASK_AGAIN_S = 1.0
 """A question that a majority refused is put again, with a higher generation, after so long."""
+SECOND_HOLDER_S = 5.0
+"""Between two looks for somebody who can hold a stage besides its only holder."""
 MAX_STRIKES = 2
 """The job fails when everybody who is here has failed this often since it last did its part."""
 MAX_FAILURES = 5

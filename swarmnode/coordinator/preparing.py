@@ -1,5 +1,7 @@
 """A better placement in the making: newcomers to a stage fetch it while the others work."""
 
+from collections.abc import Sequence
+
 from swarmnode.coordinator.events import Effect, Send
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
@@ -12,12 +14,19 @@ PATIENCE_S = 120.0
 class Preparing:
     """What newcomers to a stage need before they can take their slots with hardly a pause."""
 
-    def __init__(self, job: JobId, decision: Decision, plan: Plan, now_s: float) -> None:
+    def __init__(
+        self,
+        job: JobId,
+        decision: Decision,
+        shadows: Sequence[Sequence[PeerId]],
+        plan: Plan,
+        now_s: float,
+    ) -> None:
         self.decision = decision
         self.newcomers: dict[PeerId, list[int]] = {}
-        """Peers that will host stages of which they hold nothing today."""
-        for stage, row in enumerate(decision.slots):
-            for peer in sorted(set(row) - set(plan.holders(stage))):
+        """Peers that will hold stages of which they hold nothing today."""
+        for stage, (row, dark) in enumerate(zip(decision.slots, shadows, strict=True)):
+            for peer in sorted({*row, *dark} - set(plan.holders(stage))):
                 self.newcomers.setdefault(peer, []).append(stage)
         self._job = job
         self._plan = plan

@@ -14,6 +14,7 @@ from swarmnode.coordinator.tenure import Tenure
 from swarmnode.domain import Advert, PeerId
 from swarmnode.errors import PeerError, SwarmError
 from swarmnode.messages import (
+    Adopt,
     Answer,
     Assign,
     Entry,
@@ -191,6 +192,8 @@ class JobRunner:
             message = replace(message, num_lines=num_lines, lease=self._tenure.shown())
         elif isinstance(message, Assign):
             self._tools.switch.join(self.ledger.job, message.plan)
+            message = replace(message, lease=self._tenure.begun(message.plan))
+        elif isinstance(message, Adopt):
             message = replace(message, lease=self._tenure.begun(message.plan))
         line = self._lines.get(peer)
         if line is None and isinstance(message, Inquire | Assign):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from swarmnode.coordinator.events import Record
+from swarmnode.coordinator.events import Record, StartedRecord
 from swarmnode.coordinator.journal import count_lines, parse_line, read_journal
 from swarmnode.domain import JobId
 
@@ -14,7 +14,8 @@ class StandbyJournals:
     """Copies of journals, one folder for each job.
 
     A coordinator that begins to tell its journal again, from line 0, fills a second copy; that
-    one takes the first one's place once it is as long: nothing is forgotten on the way.
+    one takes the first one's place once it is of a later generation, or of the same and as long:
+    nothing is forgotten on the way.
     Raises: OSError where the disk is full or broken.
     """
 
@@ -52,7 +53,7 @@ class StandbyJournals:
             file.flush()
             os.fsync(file.fileno())
         self._counts[target] = number + count_lines(records)
-        if target == again and self._counts[again] >= self._count(path):
+        if target == again and _recency(again) >= _recency(path):
             again.replace(path)
             self._counts[path] = self._counts.pop(again)
         return records
@@ -73,3 +74,10 @@ class StandbyJournals:
                 os.truncate(path, whole_bytes)  # the torn tail of an earlier life
             self._counts[path] = count_lines(records)
         return self._counts[path]
+
+
+def _recency(path: Path) -> tuple[int, int]:
+    """(generation, lines): of two copies the one with more of it knows better."""
+    records, _ = read_journal(path)
+    begun = [record.generation for record in records if isinstance(record, StartedRecord)]
+    return max(begun, default=0), count_lines(records)

@@ -96,13 +96,16 @@ class Switch:
     ) -> None:
         """Take part in `job` under `plan`; later calls update the plan and add receivers."""
         entry = self._jobs.setdefault(job, _Entry(plan))
+        if plan.generation > entry.plan.generation:
+            # A peer that was started again has forgotten the streams of its last life, and an
+            # idle stream does not notice; what is queued is of an older generation anyhow.
+            for peer in tuple(entry.lanes):
+                entry.lanes.pop(peer).task.cancel()
         if plan.generation >= entry.plan.generation:
             entry.plan = plan
         entry.to_worker = to_worker or entry.to_worker
         entry.to_head = to_head or entry.to_head
         entry.on_broken = on_broken or entry.on_broken
-        for peer in [p for p in entry.lanes if not entry.plan.names(p)]:
-            entry.lanes.pop(peer).task.cancel()
 
     def fence(self, job: JobId, generation: int) -> None:
         """Drop everything of `job` below `generation` from now on; the plan may come later."""

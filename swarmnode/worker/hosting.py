@@ -12,6 +12,8 @@ from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.errors import PeerLostError, ProtocolError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
+    Adopt,
+    Adopted,
     Answer,
     Assign,
     Begin,
@@ -184,6 +186,7 @@ class JobHost:
             held=() if plan is None else self.keeper.held(plan),
             ready=self.keeper.readies(),
             vote=vote,
+            is_warm=self._work.pid is not None,
         )
 
     # ---- life ------------------------------------------------------------------------------
@@ -301,6 +304,8 @@ class JobHost:
         if not self.tenancy.obeys(sender) or not self.tenancy.accepts(generation):
             return  # fenced
         match message:
+            case Adopt():
+                await self._adopt(message, sender)
             case Prepare():
                 if self._group is not None and message.plan.is_whole:
                     self._prepared_plan = message.plan
@@ -320,6 +325,17 @@ class JobHost:
                 raise _EndedError
             case _:
                 raise ProtocolError(f"a coordinator does not send {type(message).__name__}")
+
+    async def _adopt(self, message: Adopt, sender: PeerId) -> None:
+        """Remember a plan in which we have no part; the answer counts as our vote for it."""
+        assign = Assign(self.job, message.plan, 0, (), b"", (), message.lease)
+        async with self._lock:
+            before = self.tenancy
+            after = before.on_assign(assign, sender) if message.plan.is_whole else None
+            if after is None:
+                return
+            await self._promise(before, after)
+        self._post(Adopted(self.job, message.plan.generation))
 
     def _is_sound(self, assign: Assign, sender: PeerId) -> bool:
         plan = assign.plan

@@ -19,7 +19,7 @@ from swarmnode.messages import (
 )
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.states import index_tensors
-from swarmnode.tensorfiles import read_header
+from swarmnode.tensorfiles import check_data, read_header
 from swarmnode.worker import handoff
 from swarmnode.worker.files import FileKind, read_state_name, stage_directory
 from swarmnode.worker.handoff import Handoff, Holding
@@ -48,14 +48,14 @@ class StateKeeper:
     # ---- what is here ----------------------------------------------------------------------
 
     def load(self) -> None:
-        """Look through the folder after a restart: whatever is torn is removed, all else stays."""
+        """Look through the folder after a restart: what is torn or damaged goes, all else stays."""
         for stage in self._stages_on_disk():
             folder = stage_directory(self.directory, stage)
             for path in (*folder.glob("*.partial"), *folder.glob(".*.partial")):
                 path.unlink(missing_ok=True)
             for path in self._files(stage).values():
                 try:
-                    read_header(path)
+                    check_data(path)
                 except DataError:
                     path.unlink(missing_ok=True)
             log = self.log(stage)

@@ -92,7 +92,7 @@ class Tenancy:
         is_same = generation == self.promised > self.adopted and sender == self.promised_to
         if not (generation > self.promised or is_same) or inquire.based_on < self.adopted:
             return None
-        if inquire.num_lines < num_lines:
+        if inquire.num_lines < num_lines and sender != self.coordinator:
             return None
         if sender != self.coordinator and coordinator_is_live:
             return None

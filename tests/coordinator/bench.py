@@ -34,6 +34,8 @@ from swarmnode.manifest import (
     RunConfig,
 )
 from swarmnode.messages import (
+    Adopt,
+    Adopted,
     Answer,
     Applied,
     Assign,
@@ -101,6 +103,7 @@ class Worker:
     promised: int = 0
     promised_to: str = ""
     adopted: int = 0
+    is_warm: bool = True
     ready: tuple[Ready, ...] = ()
 
     def take(self, sender: PeerId, message: Message, world: "Bench") -> list[Message]:
@@ -120,6 +123,9 @@ class Worker:
                     self._reach(stage, source, before, message, world)
                     assert len(self.stages[stage]) == step, "state is not at the assigned step"
                 return [Placed(job, plan.generation, step)]
+            case Adopt(job=job, plan=plan) if plan.generation == self.promised:
+                self.adopted = plan.generation
+                return [Adopted(job, plan.generation)]
             case Prepare(job=job, plan=plan, step=step, sources=sources):
                 self.plan = self.plan or plan
                 for stage, source in sources:
@@ -177,7 +183,7 @@ class Worker:
             held.append(Held(stage, start, stop, len(history), log[0], log_to))
         return Answer(
             job, generation, granted, Generation(self.promised), PeerId(self.promised_to),
-            tuple(held), self.ready,
+            tuple(held), self.ready, is_warm=self.is_warm,
         )  # fmt: skip
 
     def _reach(

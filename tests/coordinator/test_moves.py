@@ -108,3 +108,55 @@ def test_who_wants_to_leave_is_let_go_once_others_have_its_slots() -> None:
     bench.run()
     assert bench.commits() == list(range(STEPS))
     assert histories(bench) == {tuple(range(STEPS))}
+
+
+def test_after_a_loss_those_go_on_who_can_compute_at_once() -> None:
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    while bench.ledger.step < 2:
+        bench.next()
+    plan = bench.ledger.plan
+    assert plan is not None
+    cold = bench.workers[plan.slots[0][0]]
+    cold.is_warm = False  # its process died with all its memory, the disk has everything
+    other = next(peer for peer in plan.slots[1] if peer not in (cold.peer, "a"))
+    bench.kill(other)
+    while bench.ledger.phase != "training":
+        bench.next() if bench.inbox else bench.tick(1.0)
+    assert cold.peer not in bench.ledger.plan.workers()
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+
+
+def test_who_must_start_first_is_waited_for_where_nobody_else_has_its_stage() -> None:
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    while bench.ledger.step < 2:
+        bench.next()
+    plan = bench.ledger.plan
+    assert plan is not None
+    for peer in plan.slots[0]:
+        bench.workers[peer].is_warm = False
+    victim = next(peer for peer in plan.slots[0] if peer != "a")
+    bench.kill(victim)
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+    assert histories(bench) == {tuple(range(STEPS))}
+
+
+def test_a_stage_with_one_holder_gets_a_second_one_as_soon_as_there_is_one() -> None:
+    bench = Bench(manifest(slots=1, steps=400, checkpoint_every=1000), "ab").start()
+    while bench.ledger.step < 2:
+        bench.next()
+    bench.kill("b")
+    while bench.ledger.phase != "training":
+        bench.next() if bench.inbox else bench.tick(1.0)
+    plan = bench.ledger.plan
+    assert [plan.holders(stage) for stage in (0, 1)] == [("a",), ("a",)]
+    bench.now_s += 20.0
+    bench.revive("b")
+    for _ in range(400):
+        bench.next() if bench.inbox else bench.tick(1.0)
+        if bench.ledger.generation == 2 and bench.ledger.step % 40 == 0:
+            bench.tick(1.0)
+    plan = bench.ledger.plan
+    assert all(set(plan.holders(stage)) == {"a", "b"} for stage in (0, 1))
+    assert bench.commits() == list(range(bench.ledger.step))

@@ -51,6 +51,25 @@ def test_a_broken_link_is_reported_once_and_a_later_frame_opens_a_new_one() -> N
     virtual(scenario())
 
 
+def test_a_generation_does_not_use_the_streams_of_the_one_before() -> None:
+    """A peer that was started again meanwhile is no broken link: nothing of it is sent before."""
+
+    async def scenario() -> None:
+        async with swarm() as s:
+            a, _ = s.node(A, plan()), s.node(B, plan())
+            await a.switch.send(frame(0, 1, mb=1))
+            await settle()
+            s.network.kill(B)
+            again = s.node(B, plan(generation=2))
+            a.join(plan(generation=2))
+            await a.switch.send(frame(0, 1, mb=2, generation=2))
+            await settle()
+            assert not a.broken
+            assert [m.microbatch for m, _ in again.worker if isinstance(m, Frame)] == [2]
+
+    virtual(scenario())
+
+
 def test_a_peer_that_serves_no_tensors_is_a_broken_link() -> None:
     async def scenario() -> None:
         async with swarm() as s:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from swarmnode.errors import DataError
-from swarmnode.tensorfiles import INDEX_NAME, MAX_HEADER_BYTES, read_bytes, read_header
+from swarmnode.tensorfiles import (
+    INDEX_NAME,
+    MAX_HEADER_BYTES,
+    check_data,
+    read_bytes,
+    read_header,
+)
+from swarmnode.worker.models import save_tensors
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -198,3 +205,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
     os.truncate(path, span.offset + 4)
     with pytest.raises(DataError, match="ended early"):
         read_bytes(span)
+
+
+def test_a_flipped_bit_in_a_file_that_we_wrote_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, TENSORS)
+    check_data(path)
+    span, data = read_header(path)["b"], bytearray(path.read_bytes())
+    data[span.offset] ^= 1
+    with pytest.raises(DataError, match="is damaged"):
+        check_data(stored(path, bytes(data)))
+    check_data(stored(path, GOOD))  # of others: they say nothing, so nothing is wrong

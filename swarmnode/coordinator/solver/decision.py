@@ -30,6 +30,7 @@ class Decision:
         addresses: Mapping[PeerId, tuple[str, ...]],
         shadows: tuple[tuple[PeerId, ...], ...],
         voters: tuple[PeerId, ...],
+        voters_before: tuple[PeerId, ...] = (),
     ) -> Plan:
         """The decision as what workers are told."""
         return Plan(
@@ -43,4 +44,5 @@ class Decision:
             bound_s=self.bound_s,
             shadows=shadows,
             voters=voters,
+            voters_before=voters_before,
         )

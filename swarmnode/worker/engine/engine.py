@@ -1,5 +1,6 @@
 """The worker child's logic: what each message from the daemon means, and what to compute next."""
 
+import contextlib
 import json
 import sys
 import time
@@ -225,7 +226,8 @@ class Engine:
         return True
 
     def _fail(self, error: Exception) -> None:
-        traceback.print_exception(error)  # to the child's log; the daemon gets one line
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            traceback.print_exception(error)  # to the child's log; the daemon gets one line
         self._forget()
         assert self._job is not None
         self._send(Failed(self._job, self._generation, _one_line(error)), b"")

@@ -5,6 +5,7 @@ They differ where the library packs tensors (Mixtral's experts), has renamed a p
 head) or where a folder was saved without the base model's prefix (GPT-2).
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -25,7 +26,7 @@ from transformers.core_model_loading import (
 
 from swarmnode.errors import DataError
 from swarmnode.failpoints import hit
-from swarmnode.tensorfiles import TensorSpan, read_bytes
+from swarmnode.tensorfiles import DATA_SHA256, TensorSpan, read_bytes
 from swarmnode.worker.models.library import (
     ModelConfig,
     build_empty,
@@ -98,8 +99,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
             held[name] = tensor.clone()
         seen.add(storage.data_ptr())
+    metadata = {"format": "pt", DATA_SHA256: _data_sha256(held)}
     try:
-        safetensors.torch.save_file(held, temporary, metadata={"format": "pt"})
+        safetensors.torch.save_file(held, temporary, metadata=metadata)
         hit("snapshot_write")
         _flush(temporary)
         temporary.replace(path)
@@ -108,6 +110,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise DataError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _data_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The hash that `check_data` finds; the tensors are contiguous and on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class _Group:
