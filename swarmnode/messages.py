@@ -234,6 +234,8 @@ class Answer:
     """The worker's signature, where another than the coordinator so far asks."""
     is_warm: bool = True
     """Whether it can compute at once; starting the process that does takes seconds."""
+    in_touch: bool = True
+    """Whether `promised_to` talks to the worker still, or has let it go."""
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,16 @@ class Generations(JobState):
             self._forming.inquiry.lost(peer)
             is_needed = self._forming.is_gathering and is_news
             return self._form(now_s) if is_needed else self._take_stock(now_s)
-        is_voter = self._agreement is not None and peer in self._agreement.voters
-        if self.is_worker(peer) or (self.phase == "placing" and is_voter):
+        if self.is_worker(peer) or (self.phase == "placing" and self._is_awaited(peer)):
             return [Hangup(peer), *self._form(now_s)]
         return []
+
+    def _is_awaited(self, peer: PeerId) -> bool:
+        """Whether the plan at hand may need the word of this voter; who refused gives none."""
+        agreement = self._agreement
+        return (
+            agreement is not None and peer in agreement.voters and peer in agreement.granted
+        )  # fmt: skip
 
     def _on_tick(self, now_s: float) -> list[Effect]:
         self._publications.expire(now_s)

@@ -20,7 +20,7 @@ UNANSWERED_S = 10.0
 class Inquiry:
     """One proposed generation: asked, answered, agreed by a majority of the last plan's voters.
 
-    The coordinator so far wins ties, so that of two nodes the one that coordinates goes on alone.
+    The first voter of a group wins ties: of two nodes the one that coordinates goes on alone.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Inquiry:
 
     def _is_enough(self, group: Sequence[PeerId], agreed: Set[PeerId]) -> bool:
         count = sum(voter in agreed for voter in group)
-        is_tie = self._is_incumbent and self._me in group and self._me in agreed
+        is_tie = group[0] == self._me and self._me in agreed  # nobody else is first of this group
         return 2 * count > len(group) or (is_tie and 2 * count == len(group))
 
     @property
@@ -116,8 +116,13 @@ class Inquiry:
 
     @property
     def successor(self) -> PeerId | None:
-        """Whom a majority of some group follows instead, if it does."""
-        later = {p: a.promised_to for p, a in self._refused.items() if a.promised > self._known}
+        """Whom a majority of some group follows instead, if it does. A promise to somebody who is
+        not heard of any more binds nobody."""
+        later = {
+            peer: answer.promised_to
+            for peer, answer in self._refused.items()
+            if answer.promised > self._known and answer.in_touch
+        }
         for group in self.quorums:
             for peer in set(later.values()) - {self._me}:
                 if 2 * sum(later.get(voter) == peer for voter in group) > len(group):

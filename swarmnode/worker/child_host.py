@@ -160,10 +160,12 @@ class ChildHost:
             memory[stage] = commit.step + 1
         await self.send(commit)
 
-    async def save(self, generation: Generation, step: int, stage: int) -> None:
-        """Publish the snapshot of that step; without one, or while it is written, ask for it."""
-        assert self._group is not None
-        path = self._keeper.file(stage, step, ("snapshot", "export"))
+    async def save(
+        self, generation: Generation, step: int, stage: int, group: asyncio.TaskGroup
+    ) -> None:
+        """Publish the state of that step from the disk; if it is not there yet, ask for it."""
+        self._group = group
+        path = self._keeper.file(stage, step)
         if path is not None:
             exported = Exported(self._job, generation, step, stage, str(path))
             self._group.create_task(self._publish(exported), name=f"publish {path}")

@@ -164,7 +164,13 @@ class JobHost:
         """What somebody hears who may not ask: whom to leave it to, and nothing else."""
         tenancy = self.tenancy
         promised, promised_to = tenancy.promised, tenancy.promised_to
-        return Answer(self.job, inquire.generation, False, promised, promised_to, (), ())
+        generation, in_touch = inquire.generation, self._is_in_touch
+        return Answer(self.job, generation, False, promised, promised_to, (), (), in_touch=in_touch)
+
+    @property
+    def _is_in_touch(self) -> bool:
+        """Whether the one to whom the job is promised talks to us still, or has let us go."""
+        return self.tenancy.is_released or self._coordinator == self.tenancy.promised_to
 
     def _answer(
         self, message: Inquire | Assign, sender: PeerId, before: Tenancy, *, is_granted: bool
@@ -187,6 +193,7 @@ class JobHost:
             ready=self.keeper.readies(),
             vote=vote,
             is_warm=self._work.pid is not None,
+            in_touch=self._is_in_touch,
         )
 
     # ---- life ------------------------------------------------------------------------------
@@ -315,7 +322,8 @@ class JobHost:
             case Commit():
                 await self._work.commit(message)
             case Save(generation=fence, step=step, stage=stage):
-                await self._work.save(fence, step, stage)
+                if self._group is not None:
+                    await self._work.save(fence, step, stage, self._group)
             case Entry(number=number, lines=lines):
                 with contextlib.suppress(OSError):  # who lacks lines does not stand in the way
                     self._tools.on_entry(self.job, number, lines)

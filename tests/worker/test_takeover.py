@@ -132,8 +132,24 @@ async def test_while_the_coordinator_talks_nobody_takes_over(tmp_path: Path) -> 
         assert (taken.granted, taken.promised_to) == (True, STRANGER.peer)
         late = await answered(await ask(n, SUBMITTER, inquire(2, 1)))
         assert (late.granted, late.promised_to) == (False, STRANGER.peer)
+        assert refused.in_touch
+        assert late.in_touch
         assigned = await answered(await ask(n, SUBMITTER, assign(plan=plan)))
         assert not assigned.granted
+
+
+async def test_a_promise_to_a_coordinator_that_is_gone_is_told_as_such(tmp_path: Path) -> None:
+    async with node(tmp_path) as n:
+        stream = await ask(n, SUBMITTER, inquire(1, 0))
+        assert (await answered(stream)).granted
+        plan = replace(assign().plan, voters=VOTERS)
+        await stream.send(pack(assign(plan=plan)), GOOD.canonical())
+        assert isinstance(await answer(stream), Failed)
+        await stream.reset()
+        await n.logs("coordinator lost")
+        refused = await answered(await ask(n, STRANGER, inquire(1, 1)))
+        assert (refused.granted, refused.promised_to) == (False, SUBMITTER.peer)
+        assert not refused.in_touch
 
 
 async def test_two_who_ask_at_once_are_not_both_promised(tmp_path: Path) -> None:
@@ -311,12 +327,16 @@ async def test_a_daemon_that_was_restarted_goes_on_from_its_disk(
 
     (folder / "stage-0" / ".9.safetensors.1.partial").write_bytes(b"torn")
     state_path(folder, 0, 4, "export").write_bytes(b"torn")
+    state_path(folder, 0, 3, "snapshot").rename(state_path(folder, 0, 3, "fetched"))
     async with lone_node(blobs) as n:
         stream = await ask(n, SUBMITTER, inquire(3, 2, job), job)
         assert (await answered(stream)).held == (Held(0, 0, 4, 3, 0, 4),)
         assert not state_path(folder, 0, 4, "export").exists()
         assert not list(folder.rglob("*.partial"))
         third = Coordinator(stream, job, 3, second.commits)
+        await third.tell(Save(job.job, Generation(3), 3, 0))
+        assert (await third.receive(Saved)).step == 3, "what was fetched is given on"
+        assert n.service.hosts()[0].child_pid is None
         await third.assign(SUBMITTER, 4, StateSource("keep"))
         await third.commit(await third.prepare(4))
         hashes = {**first.hashes, **second.hashes, **third.hashes}

@@ -66,8 +66,13 @@ def test_who_knows_less_is_not_granted() -> None:
     tenancy = adopted(5)
     assert ask(tenancy, 6, SUBMITTER, based_on=4) is None
     assert ask(tenancy, 6, SUBMITTER, based_on=5) is not None
-    assert tenancy.on_inquire(inquire(6, 5, num_lines=7), SUBMITTER, False, 8) is None
-    assert tenancy.on_inquire(inquire(6, 5, num_lines=8), SUBMITTER, False, 8) is not None
+    assert tenancy.on_inquire(inquire(6, 5, num_lines=7), SECOND, False, 8) is None
+    assert tenancy.on_inquire(inquire(6, 5, num_lines=8), SECOND, False, 8) is not None
+
+
+def test_the_coordinator_that_is_obeyed_wrote_the_journal_and_may_have_less_of_it() -> None:
+    found = adopted(5).on_inquire(inquire(6, 5, num_lines=7), SUBMITTER, False, 8)
+    assert found is not None
 
 
 def test_a_live_coordinator_is_not_replaced_but_may_go_on_itself() -> None:

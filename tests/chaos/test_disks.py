@@ -1,0 +1,129 @@
+"""Disks that are full, lie, or were torn: what was committed is found elsewhere."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarmnode.cli.local_swarm import LocalNode
+from swarmnode.config import LOG_FILE
+from swarmnode.coordinator.events import CommitRecord, Record
+from swarmnode.coordinator.journal import read_journal
+from swarmnode.tensorfiles import read_header
+from tests.chaos.trial import EVERY, Outcome, Trial, suspend
+
+pytestmark = [pytest.mark.processes, pytest.mark.chaos, pytest.mark.timeout(240)]
+SMALL = "size=64m"
+
+
+@contextlib.contextmanager
+def small_disk(home: Path) -> Iterator[None]:
+    """Put the home of a node that is down on a disk of its own, with all that is in it."""
+    copy = home.with_name(home.name + ".copy")
+    shutil.copytree(home, copy)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", SMALL, "tmpfs", str(home)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mount is not permitted here: {mounted.stderr.decode().strip()}")
+    try:
+        shutil.copytree(copy, home, dirs_exist_ok=True)
+        home.chmod(0o700)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(home)], check=True)
+
+
+def placings(node: LocalNode, job: str) -> list[dict[str, Any]]:
+    """What the node said whenever it began to place the job."""
+    lines = (node.home / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    found = [line for line in map(json.loads, lines) if line["event"] == "job"]
+    return [line for line in found if line["job"] == job and line["phase"] == "placing"]
+
+
+def fill(home: Path) -> Path:
+    """Leave no byte free; the file that took them all."""
+    ballast = home / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+    assert os.statvfs(home).f_bavail == 0
+    return ballast
+
+
+def test_a_full_disk_costs_nothing_but_its_node(trial: Trial, undisturbed: Outcome) -> None:
+    node = trial.node(3)
+    node.ask_to_stop()
+    assert node.wait_stopped(15) == 0, node.log_tail()
+    with small_disk(node.home):
+        trial.heal()
+        job = trial.submit("full")
+        before = job.reaches(4)
+        fill(node.home)
+        after = job.goes_on(before)
+        assert trial.peers[3] not in {peer for row in after.placement for peer in row}
+        assert job.outcome() == undisturbed
+        assert trial.fallen() == [], node.last_words()
+        said = [view["reason"] for view in placings(trial.node(0), job.name)]
+        assert any("No space left" in reason for reason in said), said
+        node.kill()
+
+
+def flip(path: Path, at: int) -> None:
+    """Invert one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_flipped_bits_on_both_disks_of_a_stage_are_noticed(
+    trial: Trial, undisturbed: Outcome
+) -> None:
+    """Both holders of a stage die; both newest snapshots and one of the logs are damaged."""
+    job = trial.submit("flipped")
+    view = job.reaches(EVERY + 4)
+    (stage,) = [at for at, hosts in enumerate(job.hosts(view)) if 0 not in hosts]
+    holders = sorted(job.hosts(view)[stage])
+    for index in holders:
+        suspend(trial.node(index))  # both at once: nothing is handed over between two deaths
+    for index in holders:
+        trial.node(index).kill()
+    for index in holders:
+        folder = trial.node(index).home / "hosted" / job.name / f"stage-{stage}"
+        newest = max(folder.glob("*.safetensors"), key=lambda path: int(path.name.split(".")[0]))
+        for _, weights in sorted(read_header(newest).items())[:1]:
+            flip(newest, weights.offset + weights.num_bytes // 2)
+    updates = sorted(folder.glob("*.update"), key=lambda path: int(path.stem))
+    assert len(updates) >= 2
+    flip(updates[-2], updates[-2].stat().st_size // 2)
+    trial.start(holders)
+    assert job.outcome() == undisturbed
+
+
+def test_a_torn_journal_is_made_whole_by_the_others(trial: Trial, undisturbed: Outcome) -> None:
+    job = trial.submit("torn")
+    job.reaches(3)  # long before a checkpoint: the last line is a commit
+    trial.node(0).kill()
+    whole = job.records()
+    assert isinstance(whole[-1], CommitRecord)
+    os.truncate(job.journal, job.journal.stat().st_size - 7)
+    assert read_journal(job.journal)[0] == whole[:-1]
+    trial.start([0])
+    outcome = job.outcome()
+    # Whoever was told of the torn line has it; if nobody was, the same step is committed again.
+    assert committed(job.records())[: len(committed(whole))] == committed(whole)
+    assert outcome == undisturbed
+
+
+def committed(records: Sequence[Record]) -> list[tuple[object, ...]]:
+    """What was committed, whoever it was that said so."""
+    commits = [record for record in records if isinstance(record, CommitRecord)]
+    return [(record.step, record.scale, record.loss, record.updates) for record in commits]

@@ -1,0 +1,89 @@
+"""Whose word a new generation needs: majorities, ties, and to whom a coordinator hands over."""
+
+import pytest
+
+from swarmnode.coordinator.inquiry import Inquiry
+from swarmnode.domain import Generation, JobId, PeerId, Plan
+from swarmnode.messages import Answer
+
+JOB = JobId("job")
+NEXT = Generation(9)
+
+
+def peers(names: str) -> tuple[PeerId, ...]:
+    return tuple(map(PeerId, names))
+
+
+def plan(coordinator: str, voters: str, before: str = "") -> Plan:
+    return Plan(
+        generation=Generation(3),
+        layers=((0, 1),),
+        slots=(peers(voters[:1]),),
+        coordinator=PeerId(coordinator),
+        voters=peers(voters),
+        voters_before=peers(before),
+        addresses={},
+    )
+
+
+def asked(me: str, before: Plan, *, is_begun: bool) -> Inquiry:
+    inquiry = Inquiry(NEXT, before, PeerId(me), is_begun=is_begun)
+    inquiry.ask(inquiry.voters, 0.0)
+    return inquiry
+
+
+def refusal(promised: int, to: str, *, in_touch: bool) -> Answer:
+    return Answer(
+        JOB, NEXT, False, Generation(promised), PeerId(to), (), (), in_touch=in_touch
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("me", "voters", "agreed", "enough"),
+    [
+        ("a", "abc", "ab", True),
+        ("b", "abc", "bc", True),
+        ("a", "abc", "a", False),
+        ("a", "abcd", "ab", True),  # half, with the first voter
+        ("b", "abcd", "bc", False),
+    ],
+)
+def test_a_majority_is_needed_or_half_with_the_coordinator_so_far(
+    me: str, voters: str, agreed: str, enough: bool
+) -> None:
+    inquiry = asked(me, plan("a", voters), is_begun=True)
+    assert inquiry.is_majority(set(peers(agreed))) is enough
+
+
+def test_who_began_nothing_yet_wins_no_tie_among_the_voters_before() -> None:
+    """Else two coordinators could each have half of them: the last one and the one before."""
+    last = asked("b", plan("b", "bc", before="abcd"), is_begun=False)
+    former = asked("a", plan("a", "abcd"), is_begun=True)
+    assert former.is_majority(set(peers("ad")))
+    assert not last.is_majority(set(peers("bc")))
+    assert last.is_majority(set(peers("bcd")))
+
+
+def test_who_does_not_know_whether_a_plan_began_needs_its_voters_too() -> None:
+    inquiry = asked("c", plan("b", "bcd", before="aef"), is_begun=False)
+    assert not inquiry.is_majority(set(peers("bcd")))
+    assert not inquiry.is_majority(set(peers("caef")))
+    assert inquiry.is_majority(set(peers("cdae")))
+
+
+def test_a_job_is_handed_over_to_whom_a_majority_follows() -> None:
+    inquiry = asked("a", plan("a", "abc"), is_begun=True)
+    for peer in peers("bc"):
+        assert inquiry.successor is None
+        inquiry.heard(peer, refusal(12, "b", in_touch=True), 1.0)
+    assert inquiry.successor == "b"
+
+
+def test_a_promise_to_somebody_who_is_gone_hands_nothing_over() -> None:
+    """A coordinator that died between the promises and its plan would leave the job to nobody."""
+    inquiry = asked("b", plan("a", "abc"), is_begun=True)
+    for peer in peers("bc"):
+        inquiry.heard(peer, refusal(9, "a", in_touch=False), 1.0)
+    assert inquiry.successor is None
+    assert inquiry.is_refused
+    assert inquiry.highest_promise == 9
