@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REPEAT ?= 1
+SEEDS ?= 0..5000
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install demo test lint format dashboard bench simulate chaos clean
@@ -42,13 +43,13 @@ bench: install
 	$(BIN)/python benchmarks/transport.py
 
 simulate: install
-	$(BIN)/swarmnode simulate examples/scenarios/faults.toml --seeds 0..5000 --jobs 2 $(ARGS)
+	$(BIN)/swarmnode simulate examples/scenarios/faults.toml --seeds $(SEEDS) --jobs 2 $(ARGS)
 
 # All faults on real processes; REPEAT=20 does them so many times in a row.
 chaos: install
 	for number in $$(seq $(REPEAT)); do \
-	  $(BIN)/python -m pytest tests/chaos tests/processes/test_demo_kills.py \
-	    -m 'chaos or processes' $(ARGS) || exit; done
+	  $(BIN)/python -m pytest tests/chaos tests/processes/test_demo_kills.py tests/processes/test_resume.py \
+	    -m long $(ARGS) || exit; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -236,6 +236,8 @@ class Answer:
     """Whether it can compute at once; starting the process that does takes seconds."""
     in_touch: bool = True
     """Whether `promised_to` talks to the worker still, or has let it go."""
+    is_new: bool = False
+    """Whether it knows no plan of the job: a voter that knows none has lost its disk."""
 
 
 @dataclass(frozen=True)

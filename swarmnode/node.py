@@ -149,7 +149,7 @@ class Node:
         while True:
             view = job_view(running.ledger, with_losses=False)
             yield view
-            if view.phase in ("serving", "failed", "stopped"):
+            if view.phase in ("serving", "failed", "stopped", "handed over"):
                 return
             seen = await running.runner.changed(seen)
 

@@ -21,7 +21,7 @@ ANSWER_S = 30.0
 """Longest wait for an ordinary answer; a stream says something at least every 10 s."""
 WORK_S = 3600.0
 """Longest wait for verbs that work on data: submit and export."""
-ENDED = frozenset({"serving", "failed", "stopped"})
+ENDED = frozenset({"serving", "failed", "stopped", "handed over"})
 """Phases after which a watch ends."""
 
 ViewT = TypeVar("ViewT")

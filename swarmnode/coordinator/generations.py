@@ -1,12 +1,13 @@
 """From one generation of a job to the next: who is here, who is lost, who does what from now on."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator import patience
 from swarmnode.coordinator.events import Effect, Hangup, Send, Write
-from swarmnode.coordinator.forming import Forming
+from swarmnode.coordinator.forming import SEARCH_S, Forming
 from swarmnode.coordinator.inquiry import Inquiry
 from swarmnode.coordinator.job_state import JobState
 from swarmnode.coordinator.preparing import Preparing
@@ -46,6 +47,9 @@ class Generations(JobState):
         self._failures = 0
         self._broken_links = patience.BrokenLinks()
         self._moved_s = now_s
+        self._lacking_since_s = math.inf
+        """Since when others refuse what they hold and we need."""
+        self._num_outbid = 0
         self._evaluation_due = False
         self._preparing: Preparing | None = None
         self._thin_until_s = now_s
@@ -77,8 +81,9 @@ class Generations(JobState):
         if self._preparing is not None and peer in self._preparing.newcomers:
             self._preparing = self.replanning.chosen = None
         if self._forming is not None:
+            takes_part = peer in self._forming.inquiry.granted  # who refused has hung up, no more
             self._forming.inquiry.lost(peer)
-            is_needed = self._forming.is_gathering and is_news
+            is_needed = self._forming.is_gathering and is_news and takes_part
             return self._form(now_s) if is_needed else self._take_stock(now_s)
         if self.is_worker(peer) or (self.phase == "placing" and self._is_awaited(peer)):
             return [Hangup(peer), *self._form(now_s)]
@@ -225,10 +230,11 @@ class Generations(JobState):
 
     @property
     def _ask_again_s(self) -> float:
-        """Candidates ask again after different times, or they would always refuse each other."""
+        """Candidates ask again after different times, or they would always refuse each other; all
+        but the first give the others more and more time."""
         voters = self.plan.voters if self.plan is not None else ()
         rank = voters.index(self.me) if self.me in voters else len(voters)
-        return patience.ASK_AGAIN_S * (1 + rank)
+        return patience.ASK_AGAIN_S * (1 + rank * min(self._num_outbid + 1, patience.MAX_YIELD))
 
     def _take_stock(self, now_s: float) -> list[Effect]:
         """Go on with the generation that is being formed, as far as the answers allow."""
@@ -238,14 +244,10 @@ class Generations(JobState):
             return []
         inquiry = forming.inquiry
         if inquiry.successor is not None:
-            self.successor = inquiry.successor
-            self.phase, self.reason = "handed over", f"{inquiry.successor} coordinates it now"
-            return []
+            return self._hand_over(inquiry.successor)
         if not inquiry.is_settled(now_s):
-            if inquiry.is_refused:
-                self._proposed = Generation(max(self._proposed, inquiry.highest_promise))
-                if now_s - self._moved_s >= self._ask_again_s:
-                    return self._form(now_s)
+            if inquiry.is_refused and now_s - self._moved_s >= self._ask_again_s:
+                return self._outbid(inquiry, now_s)
             return []
         finished = self._finish_step(forming, now_s)
         try:
@@ -253,13 +255,27 @@ class Generations(JobState):
         except CapacityError as error:
             return finished + self._wait_for_peers(error)
         if forming.missing:
+            self._lacking_since_s = min(self._lacking_since_s, now_s)
+            lacks_long = now_s - self._lacking_since_s >= SEARCH_S
+            if lacks_long and inquiry.rival is not None:
+                return finished + self._hand_over(inquiry.rival)  # it has the states, we the votes
             if inquiry.has_refusals and now_s - self._moved_s >= self._ask_again_s:
                 # Who has it may have promised itself to another candidate: ask for more.
-                self._proposed = Generation(max(self._proposed, inquiry.highest_promise))
-                return finished + self._form(now_s)
+                return finished + self._outbid(inquiry, now_s)
             stages = ", ".join(map(str, forming.missing))
             self.reason = f"nobody here has stage {stages} at step {self.step}; looking for it"
         return finished + effects + self._assign(now_s)
+
+    def _outbid(self, inquiry: Inquiry, now_s: float) -> list[Effect]:
+        """Ask again with a number that nobody who answered has promised yet."""
+        self._num_outbid += 1
+        self._proposed = Generation(max(self._proposed, inquiry.highest_promise))
+        return self._form(now_s)
+
+    def _hand_over(self, successor: PeerId) -> list[Effect]:
+        self.successor = successor
+        self.phase, self.reason = "handed over", f"{successor} coordinates it now"
+        return []
 
     def _finish_step(self, forming: Forming, now_s: float) -> list[Effect]:
         """Commit the step at hand if all its parts are in the logs of those who answered."""
@@ -306,6 +322,7 @@ class Generations(JobState):
         effects: list[Effect] = [Write(on.StartedRecord.of(plan, self.step))]
         effects += forming.assignments(plan, self.head)
         self._forming, self._agreement = None, forming.inquiry
+        self._lacking_since_s, self._num_outbid = math.inf, 0
         self._distrusted = frozenset()
         self._somebody_leaves = False
         self.plan, self.generation, self.phase = plan, plan.generation, "placing"
@@ -353,7 +370,7 @@ class Generations(JobState):
 
     def _on_failed(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
         """A worker cannot do its part: go on without it, unless nobody can."""
-        self.pool.bar(peer, now_s)
+        self.pool.failed(peer, now_s)
         self.reason = f"{peer}: {reason}"
         if self.pool.is_hopeless(patience.MAX_STRIKES):
             return self._end("failed", self.reason)

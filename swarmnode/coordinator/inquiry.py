@@ -38,6 +38,9 @@ class Inquiry:
         if before is not None and not is_begun and before.voters_before:
             others = [] if self._is_incumbent else self.quorums
             self.quorums = [*others, before.voters_before]
+        self._all_count = before is None or not (is_begun or before.voters_before)
+        """Nothing has begun yet, so that nobody can have forgotten it."""
+        self._forgetful: set[PeerId] = set()
         self._known = before.generation if before else Generation(0)
         self._refused: dict[PeerId, Answer] = {}
         self._asked_s: dict[PeerId, float] = {}
@@ -70,6 +73,8 @@ class Inquiry:
         if peer not in self._asked_s or answer.generation != self.generation:
             return
         self._lost.discard(peer)
+        if answer.is_new and not self._all_count:
+            self._forgetful.add(peer)  # who has lost its promises may work, not vote
         if answer.granted:
             self.granted[peer] = answer
             self._refused.pop(peer, None)
@@ -89,6 +94,7 @@ class Inquiry:
         return all(self._is_enough(group, agreed) for group in self.quorums)
 
     def _is_enough(self, group: Sequence[PeerId], agreed: Set[PeerId]) -> bool:
+        agreed = agreed - self._forgetful
         count = sum(voter in agreed for voter in group)
         is_tie = group[0] == self._me and self._me in agreed  # nobody else is first of this group
         return 2 * count > len(group) or (is_tie and 2 * count == len(group))
@@ -118,16 +124,25 @@ class Inquiry:
     def successor(self) -> PeerId | None:
         """Whom a majority of some group follows instead, if it does. A promise to somebody who is
         not heard of any more binds nobody."""
-        later = {
-            peer: answer.promised_to
-            for peer, answer in self._refused.items()
-            if answer.promised > self._known and answer.in_touch
-        }
+        later = self._followers()
         for group in self.quorums:
             for peer in set(later.values()) - {self._me}:
                 if 2 * sum(later.get(voter) == peer for voter in group) > len(group):
                     return peer
         return None
+
+    @property
+    def rival(self) -> PeerId | None:
+        """Whom some of those follow who refused, if they do."""
+        return min(set(self._followers().values()) - {self._me}, default=None)
+
+    def _followers(self) -> dict[PeerId, PeerId]:
+        return {
+            peer: answer.promised_to
+            for peer, answer in self._refused.items()
+            if answer.promised > self._known and answer.in_touch
+            if peer not in self._forgetful
+        }
 
     @property
     def has_refusals(self) -> bool:
@@ -141,7 +156,9 @@ class Inquiry:
 
     @property
     def is_refused(self) -> bool:
-        """Whether no majority can come of it any more without asking with a higher number."""
+        """Whether those who refused would make the majority: then a higher number may."""
+        if self._refused and self.is_majority(self.granted.keys() | self._refused.keys()):
+            return not self.has_majority
         return any(
             2 * sum(voter in self._refused for voter in group) >= len(group)
             for group in self.quorums

@@ -104,6 +104,8 @@ class JobState:
         if self.plan is None or self.phase not in ("training", "serving"):
             return []
         peers = self.pool.usable(now_s)
+        if not peers:  # the directory has lost them for now; the workers work all the same
+            return []
         self.outlook.predict(self.plan, peers, now_s)
         serves = self.phase == "serving"
         if not self.replanning.wants_answer(now_s, serves=serves):

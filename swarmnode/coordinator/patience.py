@@ -15,6 +15,8 @@ ASK_AGAIN_S = 1.0
 """A question that a majority refused is put again, with a higher generation, after so long."""
 SECOND_HOLDER_S = 5.0
 """Between two looks for somebody who can hold a stage besides its only holder."""
+MAX_YIELD = 8
+"""How many times longer a candidate waits at most, for each place that it is from the first."""
 MAX_STRIKES = 2
 """The job fails when everybody who is here has failed this often since it last did its part."""
 MAX_FAILURES = 5

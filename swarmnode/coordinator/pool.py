@@ -1,6 +1,7 @@
 """The peers that a job may use: alive, and not under suspicion after a loss."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from swarmnode.domain import Advert, PeerId
@@ -19,6 +20,7 @@ class Pool:
         self._barred: dict[PeerId, tuple[float, float]] = {}
         """peer -> (when it has cooled down, end of the newest advert known by then)."""
         self._strikes: dict[PeerId, int] = {}
+        self._failures: Counter[PeerId] = Counter()
         self._leaving: dict[PeerId, int] = {}
         """peer -> the incarnation that said it will go."""
 
@@ -38,6 +40,11 @@ class Pool:
         pause_s = min(MAX_COOL_DOWN_S, COOL_DOWN_S * 2.0 ** min(strikes, 10))
         self._barred[peer] = (now_s + pause_s, known_until_s)
 
+    def failed(self, peer: PeerId, now_s: float) -> None:
+        """The peer is here and cannot do its part."""
+        self._failures[peer] += 1
+        self.bar(peer, now_s)
+
     def leave(self, peer: PeerId) -> None:
         """The peer will go: no work for it until it has been started again."""
         advert = self._alive.get(peer)
@@ -47,11 +54,12 @@ class Pool:
         """These did their part of a step: their strikes are forgotten."""
         for peer in peers:
             self._strikes.pop(peer, None)
+            self._failures.pop(peer, None)
 
     def is_hopeless(self, num_strikes: int) -> bool:
-        """Whether everybody who is alive has at least so many strikes."""
+        """Whether everybody who is alive has failed at least so often."""
         return bool(self._alive) and all(
-            self._strikes.get(peer, 0) >= num_strikes for peer in self._alive
+            self._failures[peer] >= num_strikes for peer in self._alive
         )
 
     def usable(self, now_s: float) -> tuple[Advert, ...]:

@@ -194,6 +194,7 @@ class JobHost:
             vote=vote,
             is_warm=self._work.pid is not None,
             in_touch=self._is_in_touch,
+            is_new=tenancy.plan is None,
         )
 
     # ---- life ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from swarmnode.coordinator.journal import read_journal
 from swarmnode.tensorfiles import read_header
 from tests.chaos.trial import EVERY, Outcome, Trial, suspend
 
-pytestmark = [pytest.mark.processes, pytest.mark.chaos, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 SMALL = "size=64m"
 
 

@@ -4,8 +4,7 @@ import pytest
 
 from tests.chaos.trial import STEPS, Outcome, Trial, until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
-slow = pytest.mark.chaos
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 
 
 def test_another_seed_is_told_from_the_oracle(trial: Trial, undisturbed: Outcome) -> None:
@@ -18,12 +17,12 @@ def test_another_seed_is_told_from_the_oracle(trial: Trial, undisturbed: Outcome
 @pytest.mark.parametrize(
     "place",
     [
-        pytest.param("before_log:6", marks=slow),
-        pytest.param("after_log:6", marks=slow),  # before Ready
-        pytest.param("mid_tensor:6", marks=slow),
+        "before_log:6",
+        "after_log:6",  # before Ready
+        "mid_tensor:6",
         "after_commit:6",  # before it is applied
-        pytest.param("after_apply:6", marks=slow),  # before Applied
-        pytest.param("snapshot_write", marks=slow),
+        "after_apply:6",  # before Applied
+        "snapshot_write",
     ],
 )
 def test_a_worker_child_dies(trial: Trial, undisturbed: Outcome, place: str) -> None:
@@ -35,7 +34,6 @@ def test_a_worker_child_dies(trial: Trial, undisturbed: Outcome, place: str) -> 
 
 
 @pytest.mark.parametrize("place", ["joining", "seeding"])
-@pytest.mark.chaos
 def test_a_node_dies_while_a_state_moves(trial: Trial, undisturbed: Outcome, place: str) -> None:
     """One host of a stage is gone, so somebody new fetches it; that one dies, or who gives it."""
     job = trial.submit(place)
@@ -54,9 +52,9 @@ def test_a_node_dies_while_a_state_moves(trial: Trial, undisturbed: Outcome, pla
 @pytest.mark.parametrize(
     "place",
     [
-        pytest.param("before_journal:8", marks=slow),
+        "before_journal:8",
         "after_journal:8",  # between Ready and Commit: nobody knows of it but the disk
-        pytest.param("commit_sent:6", marks=slow),  # one worker was told, the others were not
+        "commit_sent:6",  # one worker was told, the others were not
     ],
 )
 def test_the_coordinator_dies_around_a_journal_write(

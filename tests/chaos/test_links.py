@@ -18,7 +18,7 @@ from tests.chaos.trial import LIMIT_S, NODES, Outcome, outcome_at, tiny_job, unt
 
 Found = TypeVar("Found")
 pytestmark = [
-    pytest.mark.processes, pytest.mark.namespaces, pytest.mark.chaos, pytest.mark.timeout(300),
+    pytest.mark.processes, pytest.mark.namespaces, pytest.mark.long, pytest.mark.timeout(300),
 ]  # fmt: skip
 
 

@@ -9,15 +9,10 @@ from swarmnode.config import LOG_FILE
 from swarmnode.coordinator.events import CommitRecord
 from tests.chaos.trial import DIRECTORY, ENGINE, Outcome, Trial, suspend, until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 
 
-slow = pytest.mark.chaos
-
-
-@pytest.mark.parametrize(
-    "module", ["", pytest.param(ENGINE, marks=slow), pytest.param(DIRECTORY, marks=slow)]
-)
+@pytest.mark.parametrize("module", ["", ENGINE, DIRECTORY])
 def test_a_worker_is_killed(trial: Trial, undisturbed: Outcome, module: str) -> None:
     """Its whole node, for good, or only its torch child, or only its directory."""
     job = trial.submit("killed" + module.rpartition(".")[2])
@@ -33,7 +28,6 @@ def test_a_worker_is_killed(trial: Trial, undisturbed: Outcome, module: str) -> 
     assert trial.fallen() == ([] if module else [node.index])
 
 
-@pytest.mark.chaos
 def test_the_coordinators_node_is_killed_and_started_again(
     trial: Trial, undisturbed: Outcome
 ) -> None:
@@ -64,7 +58,6 @@ def test_another_node_takes_over_and_the_old_coordinator_steps_down(
     assert job.outcome() == undisturbed
 
 
-@pytest.mark.chaos
 def test_a_node_that_slept_is_fenced(trial: Trial, undisturbed: Outcome) -> None:
     """It wakes up in the middle of a step that others have computed again without it."""
     job = trial.submit("slept")
@@ -82,7 +75,6 @@ def test_a_node_that_slept_is_fenced(trial: Trial, undisturbed: Outcome) -> None
     assert trial.fallen() == []
 
 
-@pytest.mark.chaos
 def test_a_node_that_is_asked_to_stop_hands_over_first(trial: Trial, undisturbed: Outcome) -> None:
     job = trial.submit("leaves")
     before = job.reaches(4)

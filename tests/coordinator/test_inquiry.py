@@ -33,9 +33,11 @@ def asked(me: str, before: Plan, *, is_begun: bool) -> Inquiry:
 
 
 def refusal(promised: int, to: str, *, in_touch: bool) -> Answer:
-    return Answer(
-        JOB, NEXT, False, Generation(promised), PeerId(to), (), (), in_touch=in_touch
-    )  # fmt: skip
+    return Answer(JOB, NEXT, False, Generation(promised), PeerId(to), (), (), in_touch=in_touch)
+
+
+def grant(to: str, *, is_new: bool = False) -> Answer:
+    return Answer(JOB, NEXT, True, NEXT, PeerId(to), (), (), is_new=is_new)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +89,32 @@ def test_a_promise_to_somebody_who_is_gone_hands_nothing_over() -> None:
     assert inquiry.successor is None
     assert inquiry.is_refused
     assert inquiry.highest_promise == 9
+
+
+def test_a_voter_that_lost_its_disk_works_but_does_not_vote() -> None:
+    """It may have promised itself to another before: its word would make two majorities."""
+    inquiry = asked("b", plan("a", "abc"), is_begun=True)
+    inquiry.heard(PeerId("b"), grant("b"), 1.0)
+    inquiry.heard(PeerId("c"), grant("b", is_new=True), 1.0)
+    assert set(inquiry.granted) == {"b", "c"}
+    assert not inquiry.has_majority
+    inquiry.heard(PeerId("a"), grant("b"), 1.0)
+    assert inquiry.has_majority
+
+
+def test_before_anything_has_begun_nobody_can_have_forgotten_it() -> None:
+    inquiry = asked("b", plan("a", "abc"), is_begun=False)
+    inquiry.heard(PeerId("b"), grant("b"), 1.0)
+    inquiry.heard(PeerId("c"), grant("b", is_new=True), 1.0)
+    assert inquiry.has_majority
+
+
+def test_a_higher_number_is_tried_once_those_who_refused_would_make_the_majority() -> None:
+    inquiry = asked("a", plan("a", "abcde"), is_begun=True)
+    inquiry.heard(PeerId("a"), grant("a"), 1.0)
+    inquiry.heard(PeerId("b"), grant("a"), 1.0)
+    assert not inquiry.is_refused
+    inquiry.heard(PeerId("c"), refusal(9, "c", in_touch=False), 1.0)
+    assert inquiry.is_refused
+    inquiry.heard(PeerId("d"), grant("a"), 1.0)
+    assert not inquiry.is_refused

@@ -373,3 +373,13 @@ def test_a_stopped_job_releases_its_workers_and_never_moves_again() -> None:
     assert not any(isinstance(s.message, Assign) for s in bench.sent[-4:])
     restored = Bench(manifest(steps=STEPS), "abcd", records=bench.journal)
     assert restored.ledger.is_over
+
+
+def test_a_directory_that_knows_nobody_for_a_while_does_not_disturb_the_work() -> None:
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    while bench.ledger.step < 1:
+        bench.next()
+    ledger = bench.ledger
+    ledger.handle(on.PeersSeen(()), bench.now_s + 60.0)
+    assert ledger.handle(on.Tick(), bench.now_s + 61.0) == []
+    assert ledger.phase == "training"

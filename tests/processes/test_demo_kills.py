@@ -15,7 +15,7 @@ from swarmnode.cli.local_swarm import LocalSwarm
 from swarmnode.cli.weights_hash import weights_sha256
 from tests.processes.conftest import job_file
 
-pytestmark = [pytest.mark.processes, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(300)]
 NODES, STEPS = 4, 30
 EXACT = {"stages": 2, "slots": 2, "layers": [2, 2], "min_peers": 4}
 

@@ -25,7 +25,7 @@ from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.states import MOMENT_SUFFIXES, IndexedTensor
 from tests.processes.conftest import TINY_LLAMA, job_file, serving, wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(300)]
 
 EXACT = {"activation": "none", "activation_gradient": "none", "gradient": "none"}
 CUT, STEPS = 20, 40

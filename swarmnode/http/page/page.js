@@ -6,7 +6,7 @@ const POINTS = 400;
 const KINDS = ["activation", "activation_gradient", "gradient", "reduced", "blob", "control"];
 const PHASES = {
   training: "busy", evaluating: "busy", saving: "busy", placing: "warn", waiting: "warn",
-  serving: "good", stopped: "", failed: "bad",
+  serving: "good", stopped: "", failed: "bad", "handed over": "",
 };
 const byId = (id) => document.getElementById(id);
 const details = new Map(); // job -> the full view, refetched when the job moves on
@@ -74,7 +74,7 @@ function tile(label, value, note) {
 }
 
 function showTiles(node, peers, jobs) {
-  const running = jobs.filter((job) => !["stopped", "failed"].includes(job.phase));
+  const running = jobs.filter((job) => !["stopped", "failed", "handed over"].includes(job.phase));
   const free = peers.reduce((sum, peer) => sum + peer.memory_free_bytes, 0);
   const dropped = Object.values(node.dropped).reduce((sum, number) => sum + number, 0);
   const worst = Object.entries(node.dropped).sort((a, b) => b[1] - a[1])[0];

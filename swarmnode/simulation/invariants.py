@@ -1,0 +1,181 @@
+"""What must hold whatever happens, checked the moment that it could break.
+
+The committed prefix only grows and is that of the undisturbed run; one coordinator begins each
+generation; each microbatch counts once; equal steps have equal states; nobody applies what is
+fenced off; a commit is in a journal before anybody hears of it.
+"""
+
+from dataclasses import dataclass, field
+
+from swarmnode.coordinator.events import CommitRecord, Record, StartedRecord
+from swarmnode.domain import Generation, JobId, Plan
+from swarmnode.errors import SwarmError
+from swarmnode.messages import (
+    Answer,
+    Commit,
+)
+from swarmnode.simulation.history import History
+
+STABLE_S = 22.0
+"""A holder that could be reached for so long must have been found."""
+
+
+class Violation(SwarmError):
+    """Something happened that never may: a bug, in the product or in the simulation."""
+
+
+@dataclass
+class _Job:
+    history: History
+    num_committed: int = 0
+    """The most steps that were ever committed."""
+    head: int = 0
+    """Where the job stands: less, after a stage was lost."""
+    committed_by: Plan | None = None
+    """The plan whose holders agreed on the newest step."""
+    begun: dict[Generation, tuple[str, Plan]] = field(default_factory=dict)
+    promised: dict[str, Generation] = field(default_factory=dict)
+    """By machine: the highest generation that it was heard to promise."""
+    journals: dict[str, int] = field(default_factory=dict)
+    """By machine: the steps that its own journal ends with."""
+    writing: dict[str, Record] = field(default_factory=dict)
+    """By machine: what it was about to write when it was last heard of."""
+    journaled: set[tuple[str, Generation, int]] = field(default_factory=set)
+
+
+class Invariants:
+    """Everything that was ever agreed on, by job."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[JobId, _Job] = {}
+        self.num_checks = 0
+
+    def add(self, job: JobId, history: History) -> None:
+        self._jobs[job] = _Job(history)
+
+    def num_committed(self, job: JobId) -> int:
+        return self._jobs[job].num_committed
+
+    def journaling(self, job: JobId, who: str, record: Record) -> None:
+        """A coordinator begins to write a record: after a crash it may be there or not."""
+        self._jobs[job].writing[who] = record
+
+    def journaled(self, job: JobId, who: str, record: Record) -> None:
+        """A coordinator has this record safely on its disk."""
+        known = self._jobs[job]
+        known.writing.pop(who, None)
+        if isinstance(record, StartedRecord):
+            known.journals[who] = record.step
+        if not isinstance(record, CommitRecord):
+            return
+        step = record.step
+        known.journals[who] = step + 1
+        known.journaled.add((who, record.generation, step))
+        self.num_checks += 1
+        if step > known.num_committed:
+            raise Violation(
+                f"{who} commits step {step} of generation {record.generation}, but only "
+                f"{known.num_committed} steps were committed before"
+            )
+        right = known.history.step(step)
+        if record.updates != right.updates or record.scale != right.scale:
+            stages = [s for s, ref in enumerate(record.updates) if ref != right.updates[s]]
+            raise Violation(
+                f"{who} commits step {step} of generation {record.generation} with another update "
+                f"of stages {stages} (scale {record.scale:g}) than the undisturbed run's"
+            )
+        known.num_committed = max(known.num_committed, step + 1)
+        known.head = step + 1
+        if record.generation in known.begun and step + 1 == known.num_committed:
+            known.committed_by = known.begun[record.generation][1]
+
+    def replaced_journal(self, job: JobId, who: str) -> None:
+        """A machine takes over, with a journal that it was told."""
+        self._jobs[job].journals.pop(who, None)
+        self._jobs[job].writing.pop(who, None)
+
+    def restored(self, job: JobId, who: str, step: int) -> None:
+        """A coordinator starts again from its own journal."""
+        known = self._jobs[job]
+        self.num_checks += 1
+        wrote = known.journals.get(who, step)
+        written = known.writing.pop(who, None)
+        if isinstance(written, CommitRecord) and step == written.step + 1 != wrote:
+            self.journaled(job, who, written)
+        elif isinstance(written, StartedRecord) and step == written.step:
+            known.journals[who] = step
+        elif step != wrote:
+            raise Violation(f"{who} takes up its journal at step {step}, it wrote {wrote} steps")
+
+    def counted(self, who: str, stage: int, step: int, counts: bytes) -> None:
+        """A machine holds the whole update of a stage, with each microbatch so often in it."""
+        self.num_checks += 1
+        if any(count != 1 for count in counts):
+            raise Violation(
+                f"{who} holds an update of stage {stage}, step {step}, in which the microbatches "
+                f"count {list(counts)} times"
+            )
+
+    def begun(self, job: JobId, who: str, plan: Plan, step: int, *, findable: list[str]) -> None:
+        """A coordinator assigns work. `findable`: machines whose disk is whole and that it could
+        reach for STABLE_S."""
+        known = self._jobs[job]
+        self.num_checks += 1
+        first = known.begun.setdefault(plan.generation, (who, plan))
+        if first[0] != who or first[1].slots != plan.slots or plan.coordinator != who:
+            raise Violation(
+                f"{who} begins generation {plan.generation}, which {first[0]} has begun already"
+            )
+        head, known.head = known.head, step
+        if step < head and known.committed_by is not None:
+            last = known.committed_by
+            stages = range(last.num_stages)
+            if all(any(p in findable for p in last.holders(stage)) for stage in stages):
+                raise Violation(
+                    f"{who} goes back to step {step} of {head} although all stages "
+                    f"have holders that it can reach, among {findable}"
+                )
+
+    def commit_sent(self, job: JobId, who: str, commit: Commit) -> None:
+        self.num_checks += 1
+        if (who, commit.generation, commit.step) not in self._jobs[job].journaled:
+            raise Violation(
+                f"{who} tells of the commit of step {commit.step}, generation {commit.generation}, "
+                "before it is in its journal"
+            )
+
+    def answered(self, job: JobId, who: str, answer: Answer) -> None:
+        """A promise leaves the machine."""
+        if answer.granted:
+            promised = self._jobs[job].promised
+            promised[who] = max(promised.get(who, answer.generation), answer.generation)
+
+    def applied(self, job: JobId, who: str, generation: Generation, step: int) -> None:
+        """A machine applies a commit."""
+        known = self._jobs[job]
+        self.num_checks += 1
+        promised = known.promised.get(who, Generation(0))
+        if generation < promised:
+            raise Violation(
+                f"{who} applies step {step} of generation {generation} after it promised {promised}"
+            )
+        if step >= known.num_committed:
+            raise Violation(
+                f"{who} applies step {step}, but only {known.num_committed} were ever committed"
+            )
+
+    def state(self, job: JobId, who: str, stage: int, step: int, state: bytes) -> None:
+        """A machine holds this state of a stage after `step` steps."""
+        self.num_checks += 1
+        if self._jobs[job].history.state(stage, step) != state:
+            raise Violation(
+                f"{who} holds another state of stage {stage} after {step} steps than the "
+                "undisturbed run"
+            )
+
+    def wiped(self, who: str) -> None:
+        """A machine has lost its disk, and so its promises."""
+        for known in self._jobs.values():
+            known.promised.pop(who, None)
+            known.journals.pop(who, None)
+            known.writing.pop(who, None)
