@@ -138,12 +138,12 @@ class Generations(JobState):
         """A worker wants to end: its successors fetch what they need first."""
         self.pool.leave(peer)
         self._somebody_leaves = True
-        if self.phase == "serving":
-            return self._form(now_s)
         try:
             decision = solve(self.pool.usable(now_s), self.facts, self.manifest, previous=self.plan)
-        except CapacityError:
-            return []  # nobody can do its part: the job will wait for others
+        except CapacityError:  # nobody can do its part: it need not wait, the job will
+            return [Hangup(peer), *self._form(now_s)]
+        if self.phase == "serving":
+            return self._form(now_s)
         assert self.plan is not None
         self.replanning.chosen = decision
         return self._prepare(decision, self.plan, now_s)

@@ -160,3 +160,13 @@ def test_a_stage_with_one_holder_gets_a_second_one_as_soon_as_there_is_one() -> 
     plan = bench.ledger.plan
     assert all(set(plan.holders(stage)) == {"a", "b"} for stage in (0, 1))
     assert bench.commits() == list(range(bench.ledger.step))
+
+
+def test_who_leaves_although_nobody_can_replace_it_need_not_wait() -> None:
+    bench = Bench(manifest(steps=STEPS, peers=2), "ab").start()
+    while bench.ledger.step < 2:
+        bench.next()
+    leaving = on.Heard(PeerId("b"), Leaving(bench.ledger.job, bench.ledger.generation))
+    effects = bench.ledger.handle(leaving, bench.now_s)
+    assert on.Hangup(PeerId("b")) in effects
+    assert bench.ledger.phase == "waiting"
