@@ -5,10 +5,12 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from swarmnode.domain import BlobRef, JobId, PeerId, Plan, SlotId
+from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.fields import Count, Fence, Hash, Seconds, Speed, Text
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
+BEFORE_ANY = Generation(0)
+"""Below every generation."""
 MAX_LINK_REPORTS = 256
 MAX_ENTRY_BYTES = 1 << 19
 SentKind = Literal[
@@ -93,12 +95,18 @@ class Inquire:
     job: JobId
     generation: Fence
     based_on: Fence
-    """The last generation that the sender knows; who knows a later one does not grant."""
+    """The last generation that the sender knows; who knows a later one does not grant. It is
+    `generation` itself once a majority has granted it: nothing else can begin any more."""
     num_lines: Count
-    """Lines of the job's journal that the sender has; who has more does not grant."""
+    """Lines of the job's journal that the sender has; who has more does not grant, either."""
     signature: bytes
     lease: Annotated[bytes, Field(max_length=1 << 16)] = b""
     """Why the sender may ask, if it is not the submitter (see swarmnode.lease)."""
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether a majority has granted it already."""
+        return self.based_on == self.generation
 
 
 @dataclass(frozen=True)
@@ -228,8 +236,8 @@ class Answer:
     promised_to: PeerId
     held: Annotated[tuple[Held, ...], Field(max_length=256)]
     ready: "Annotated[tuple[Ready, ...], Field(max_length=256)]"
-    """What it said of the first step that it does not know to be committed: the updates are in
-    its log."""
+    """What it said last, of a step whose updates are in its log; whoever asks may know more of
+    that step, or less."""
     vote: Annotated[bytes, Field(max_length=64)] = b""
     """The worker's signature, where another than the coordinator so far asks."""
     is_warm: bool = True
@@ -238,6 +246,8 @@ class Answer:
     """Whether `promised_to` talks to the worker still, or has let it go."""
     is_new: bool = False
     """Whether it knows no plan of the job: a voter that knows none has lost its disk."""
+    adopted: Fence = BEFORE_ANY
+    """The generation of the last plan that it adopted, whether that one has begun or not."""
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def _serves(job: RunningJob) -> bool:
 def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
     """A job's figures as people see them."""
     progress, plan, manifest = ledger.progress, ledger.plan, ledger.manifest
-    losses = progress.losses
+    losses = progress.shown_losses
     is_placed = plan is not None and not ledger.is_over
     return JobView(
         job=ledger.job,
@@ -273,5 +273,5 @@ def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
         plan_reasons=plan.reasons if plan and is_placed else (),
         plan_verdict=ledger.replanning.verdict,
         checkpoint_step=ledger.checkpoint.step if ledger.checkpoint else None,
-        losses=tuple(losses) if with_losses else (),
+        losses=losses if with_losses else (),
     )

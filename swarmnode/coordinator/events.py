@@ -181,6 +181,7 @@ class CommitRecord:
     step: int
     scale: float
     loss: float
+    """NaN where nobody was left who knew it."""
     updates: tuple[BlobRef, ...]
     """For each stage, the index of its reduced gradient as it was broadcast."""
 

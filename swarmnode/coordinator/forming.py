@@ -5,7 +5,7 @@ import math
 from collections.abc import Set
 from dataclasses import dataclass, field
 
-from swarmnode.coordinator.events import Effect, Send
+from swarmnode.coordinator.events import Effect, Hangup, Send
 from swarmnode.coordinator.inquiry import RETRY_S, Inquiry
 from swarmnode.coordinator.pool import Pool
 from swarmnode.coordinator.recovery import CommitLog, Finder, Origin, Sources
@@ -95,12 +95,18 @@ class Forming:
             found += self._inquire([*old, *newcomers], head, now_s)
         return found
 
+    def insist(self, head: Head, now_s: float) -> list[Effect]:
+        """Ask those again, on a new line, who refused what a majority has agreed to."""
+        due = self.inquiry.insist()
+        return [Hangup(peer) for peer in due] + self._inquire(due, head, now_s)
+
     def _inquire(
         self, peers: list[PeerId], head: Head, now_s: float, due: list[PeerId] | None = None
     ) -> list[Effect]:
         before = head.plan.generation if head.plan is not None else Generation(0)
         generation = self.inquiry.generation
-        inquire = Inquire(self.job, generation, before, 0, self.signature)
+        known = generation if self.inquiry.is_agreed else before
+        inquire = Inquire(self.job, generation, known, 0, self.signature)
         return [Send(peer, inquire) for peer in due or self.inquiry.ask(peers, now_s)]
 
     def is_overdue(self, now_s: float) -> bool:

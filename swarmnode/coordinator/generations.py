@@ -101,7 +101,7 @@ class Generations(JobState):
         forming = self._forming
         if forming is not None:
             effects = forming.again(self.head, self.pool, now_s)
-            if forming.is_overdue(now_s):
+            if forming.is_overdue(now_s) and forming.inquiry.rival(forming.missing) is None:
                 return effects + self._go_back(now_s)
             if not forming.is_gathering:
                 return effects + self._take_stock(now_s)
@@ -226,7 +226,7 @@ class Generations(JobState):
             self._proposed = Generation(max(self._proposed, answer.promised))
             return self._form(now_s) if is_deserted and self.is_worker(peer) else []
         forming.inquiry.heard(peer, answer, now_s)
-        return self._take_stock(now_s)
+        return forming.insist(self.head, now_s) + self._take_stock(now_s)
 
     @property
     def _ask_again_s(self) -> float:
@@ -256,10 +256,10 @@ class Generations(JobState):
             return finished + self._wait_for_peers(error)
         if forming.missing:
             self._lacking_since_s = min(self._lacking_since_s, now_s)
-            lacks_long = now_s - self._lacking_since_s >= SEARCH_S
-            if lacks_long and inquiry.rival is not None:
-                return finished + self._hand_over(inquiry.rival)  # it has the states, we the votes
-            if inquiry.has_refusals and now_s - self._moved_s >= self._ask_again_s:
+            rival = inquiry.rival(forming.missing)
+            if rival is not None and now_s - self._lacking_since_s >= SEARCH_S:
+                return finished + self._hand_over(rival)  # it has the states, we the votes
+            if inquiry.is_outbid and now_s - self._moved_s >= self._ask_again_s:
                 # Who has it may have promised itself to another candidate: ask for more.
                 return finished + self._outbid(inquiry, now_s)
             stages = ", ".join(map(str, forming.missing))
@@ -278,13 +278,21 @@ class Generations(JobState):
         return []
 
     def _finish_step(self, forming: Forming, now_s: float) -> list[Effect]:
-        """Commit the step at hand if all its parts are in the logs of those who answered."""
+        """Commit the step at hand if all its parts are in the logs of those who answered.
+
+        Where another coordinated before us, one holder of each stage is enough: the other committed
+        nothing without a Ready of every holder, so that we find whatever it may have committed.
+        """
         plan = self.plan
         if plan is None or not self.manifest.num_steps or self.step >= self.manifest.num_steps:
             return []
-        for ready in forming.inquiry.readies(plan, self.step):
+        found = forming.inquiry.readies(plan, self.step)
+        for ready in found:
             self._votes.add(ready)
-        if not self._votes.is_complete(plan):
+        may_be_committed = plan.coordinator != self.me and (
+            len({ready.source.stage for ready in found}) == plan.num_stages
+        )
+        if not may_be_committed and not self._votes.is_complete(plan):
             return []
         try:
             record = self._votes.commit(self.step, plan, self.manifest)

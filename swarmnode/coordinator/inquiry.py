@@ -1,7 +1,7 @@
 """The question before every generation: who takes part, who agrees, who holds what."""
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.messages import (
@@ -43,6 +43,7 @@ class Inquiry:
         self._forgetful: set[PeerId] = set()
         self._known = before.generation if before else Generation(0)
         self._refused: dict[PeerId, Answer] = {}
+        self._insisted: set[PeerId] = set()
         self._asked_s: dict[PeerId, float] = {}
         self._lost: set[PeerId] = set()
         self._agreed_s: float | None = None
@@ -67,6 +68,21 @@ class Inquiry:
     def again(self, now_s: float) -> list[PeerId]:
         """Everybody who was asked in vain, once it is time to try again."""
         return self.ask(self._asked_s.keys() | self.voters, now_s)
+
+    def insist(self) -> list[PeerId]:
+        """Who refused although it has promised nothing as high, once a majority has agreed: it may
+        hold what we need, and has adopted a plan that can never begin. To be asked again, once."""
+        if not self.is_agreed:
+            return []
+        due = sorted(
+            peer
+            for peer, answer in self._refused.items()
+            if answer.promised < self.generation and peer not in self._insisted
+        )
+        for peer in due:
+            del self._refused[peer], self._asked_s[peer]
+            self._insisted.add(peer)
+        return due
 
     def heard(self, peer: PeerId, answer: Answer, now_s: float) -> None:
         """An answer to this question."""
@@ -103,6 +119,11 @@ class Inquiry:
     def has_majority(self) -> bool:
         return self.is_majority(self.granted.keys())
 
+    @property
+    def is_agreed(self) -> bool:
+        """Whether nothing can begin any more but what follows on the last plan that we know."""
+        return self.has_majority and self._known > 0
+
     def is_settled(self, now_s: float) -> bool:
         """Whether a majority agreed, and everybody else has had time to answer."""
         if self._agreed_s is None or not self.has_majority:
@@ -123,18 +144,33 @@ class Inquiry:
     @property
     def successor(self) -> PeerId | None:
         """Whom a majority of some group follows instead, if it does. A promise to somebody who is
-        not heard of any more binds nobody."""
+        not heard of any more binds nobody.
+
+        Our own voice goes to it too, where we cannot win: too many have adopted a later plan than
+        we know, and will never agree to ours.
+        """
         later = self._followers()
         for group in self.quorums:
-            for peer in set(later.values()) - {self._me}:
-                if 2 * sum(later.get(voter) == peer for voter in group) > len(group):
+            agreeable = {voter for voter in group if voter not in self._unwilling()}
+            voices = set() if self._is_enough(group, agreeable) else {self._me}
+            for peer in sorted(set(later.values()) - {self._me}):
+                follow = {voter for voter in group if voter in voices or later.get(voter) == peer}
+                if 2 * len(follow) > len(group):
                     return peer
         return None
 
-    @property
-    def rival(self) -> PeerId | None:
-        """Whom some of those follow who refused, if they do."""
-        return min(set(self._followers().values()) - {self._me}, default=None)
+    def _unwilling(self) -> set[PeerId]:
+        """Who has adopted a later plan than we know."""
+        return {peer for peer, answer in self._refused.items() if answer.adopted > self._known}
+
+    def rival(self, stages: Collection[int]) -> PeerId | None:
+        """Whom some of those follow who refused and hold one of `stages`, if they do."""
+        followed = {
+            promised_to
+            for peer, promised_to in self._followers().items()
+            if any(held.stage in stages for held in self._refused[peer].held)
+        }
+        return min(followed - {self._me}, default=None)
 
     def _followers(self) -> dict[PeerId, PeerId]:
         return {
@@ -145,8 +181,9 @@ class Inquiry:
         }
 
     @property
-    def has_refusals(self) -> bool:
-        return bool(self._refused)
+    def is_outbid(self) -> bool:
+        """Whether somebody refused because it has promised itself as high to another."""
+        return any(answer.promised >= self.generation for answer in self._refused.values())
 
     @property
     def highest_promise(self) -> Generation:

@@ -46,7 +46,8 @@ class Journal:
     """The records of one job, in one file."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the journal; a torn tail is cut off. Raises: OSError."""
+        """Open or create the journal; a torn tail is cut off, and what is left is on the disk: an
+        earlier life may have ended between a line and its fsync. Raises: OSError."""
         self._path = path
         rows = list(_rows(path))
         self.found = [record for record, _ in rows]
@@ -59,6 +60,7 @@ class Journal:
         """Every checkpoint since lines were last folded, the oldest first."""
         self._file = path.open("ab", buffering=0)
         self._file.truncate(self._whole_bytes)
+        os.fsync(self._file.fileno())
 
     @property
     def num_lines(self) -> int:

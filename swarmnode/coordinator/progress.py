@@ -1,5 +1,7 @@
 """What people want to know of a job: losses, speed, traffic, recoveries. Decides nothing."""
 
+import math
+
 from swarmnode.domain import PeerId
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
@@ -15,6 +17,7 @@ class Progress:
         batch = manifest.batch
         self.tokens_per_step = batch.rows * batch.sequence_length * batch.num_microbatches
         self.losses: list[float] = []
+        """Of each committed step; NaN where nobody is left who knows it."""
         self.validation: list[tuple[int, float]] = []
         self.started_s = now_s
         self.step_s: float | None = None
@@ -68,6 +71,17 @@ class Progress:
     def traffic(self, peer: PeerId, traffic: Traffic) -> None:
         """A worker's counters since it took part; they only grow."""
         self._sent[peer] = dict(traffic.bytes_by_kind)
+
+    @property
+    def shown_losses(self) -> tuple[float, ...]:
+        """As people see them: one that nobody knows any more is shown as the one before it."""
+        shown: list[float] = []
+        last = next((loss for loss in self.losses if math.isfinite(loss)), None)
+        for loss in self.losses:
+            last = loss if math.isfinite(loss) else last
+            if last is not None:
+                shown.append(last)
+        return tuple(shown)
 
     @property
     def bytes_by_kind(self) -> dict[SentKind, int]:

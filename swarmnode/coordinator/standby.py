@@ -71,7 +71,9 @@ class StandbyJournals:
         if path not in self._counts:
             records, whole_bytes = read_journal(path)
             if path.exists():
-                os.truncate(path, whole_bytes)  # the torn tail of an earlier life
+                with path.open("r+b") as file:  # an earlier life may have left a torn tail, and
+                    file.truncate(whole_bytes)  # lines that were not on the disk yet
+                    os.fsync(file.fileno())
             self._counts[path] = count_lines(records)
         return self._counts[path]
 

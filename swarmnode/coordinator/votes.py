@@ -50,6 +50,8 @@ class Votes:
     def commit(self, step: int, plan: Plan, manifest: Manifest) -> CommitRecord:
         """What is to be journaled: the clip scale as in torch's clip_grad_norm_, and the loss.
 
+        One Ready for each stage is enough: whoever holds the reduced gradient has the whole of it.
+        The loss is the mean of what is known, NaN where nobody is left who knows.
         Raises: DisagreementError, DivergedError.
         """
         self._check(plan, manifest.batch.num_microbatches)
@@ -68,14 +70,14 @@ class Votes:
         loss = mean_loss([by_microbatch[mb] for mb in sorted(by_microbatch)])
         if math.isfinite(norm):
             self._check_losses(plan)
-        if not math.isfinite(norm) or not math.isfinite(loss):
+        if not math.isfinite(norm) or (by_microbatch and not math.isfinite(loss)):
             raise DivergedError(
                 f"step {step}: loss {loss:g}, gradient norm {norm:g}; "
                 "lower optimizer.learning_rate and submit again"
             )
         clip = manifest.optimizer.clip_norm
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
-        updates = tuple(self._ready[SlotId(s, 0)].update for s in range(plan.num_stages))
+        updates = tuple(self._of(stage)[0].update for stage in range(plan.num_stages))
         return CommitRecord(plan.generation, step, scale, loss, updates)
 
     def _check(self, plan: Plan, num_microbatches: int) -> None:
@@ -106,8 +108,7 @@ class Votes:
 
         Sums may differ in rounding between kinds of machines, updates may not.
         """
-        numbers = range(len(plan.holders(stage)))
-        said = [self._ready[SlotId(stage, number)] for number in numbers]
+        said = self._of(stage)
         usual = Counter(ready.update for ready in said).most_common(1)[0][0]
         first = next(ready for ready in said if ready.update == usual)
         for ready in reversed(said):
@@ -117,6 +118,10 @@ class Votes:
                 where = f"stage {stage} slot {ready.source.slot}"
                 peer = plan.host(ready.source)
                 raise DisagreementError(peer, f"{where} holds another gradient than most")
+
+    def _of(self, stage: int) -> list[Ready]:
+        """What was said of one stage, in the order of its slots."""
+        return [ready for at, ready in sorted(self._ready.items()) if at.stage == stage]
 
 
 def _are_close(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> bool:

@@ -59,6 +59,11 @@ class Disk:
         if file is not None:
             file.safe = file.data
 
+    def settle(self, path: str) -> None:
+        """What an earlier process left in the file is safe; there was room for it."""
+        file = self._files[path]
+        file.safe = file.data
+
     def replace(self, path: str, data: bytes) -> None:
         """Write a file through a synchronised partial one: always whole, old or new."""
         self._check_room()

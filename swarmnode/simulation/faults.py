@@ -75,11 +75,13 @@ class Faults:
         self._end(machine, "power", with_power=True, back_s=back_s)
 
     def _wipe(self, machine: Machine) -> None:
-        """The disk is lost: more than some of them, and even a majority may have forgotten."""
+        """The disk is lost; not that of a voter without which the others are no majority."""
         section = self._swarm.scenario.faults
         if section is None or self._num_wiped >= section.most_wiped or not machine.runs:
             return
         if self._swarm.daemons[machine.name].coordinates():
+            return
+        if not self._swarm.invariants.has_majority_without(machine.name):
             return
         self._num_wiped += 1
         self._end(machine, "wipe", with_power=True, back_s=3.0 + self._chance.choice(LENGTHS_S))

@@ -178,6 +178,7 @@ class Hosting:
             is_warm=self.work.is_warm,
             in_touch=self._is_in_touch,
             is_new=tenancy.plan is None,
+            adopted=tenancy.adopted,
         )
         self._daemon.swarm.answered(self._daemon.name, answer)
         end.send(answer)
@@ -186,8 +187,11 @@ class Hosting:
         """What somebody hears who may not ask."""
         tenancy = self.tenancy
         job, promised, promised_to = self.manifest.job, tenancy.promised, tenancy.promised_to
-        generation, in_touch = inquire.generation, self._is_in_touch
-        end.send(Answer(job, generation, False, promised, promised_to, (), (), in_touch=in_touch))
+        answer = Answer(
+            job, inquire.generation, False, promised, promised_to, (), (),
+            in_touch=self._is_in_touch, adopted=tenancy.adopted,
+        )  # fmt: skip
+        end.send(answer)
 
     @property
     def _is_in_touch(self) -> bool:

@@ -23,6 +23,7 @@ class SimJournal:
         self.found: list[Record] = list(found)
         if path in disk:
             disk.truncate(path, num_bytes)
+            disk.settle(path)
         self._whole_bytes = num_bytes
         self.num_lines = len(self.found)
 

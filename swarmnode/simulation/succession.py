@@ -74,6 +74,7 @@ class SimStandby:
                 whole.append(row)
             if rows:
                 self._disk.truncate(path, sum(map(len, whole)))
+                self._disk.settle(path)
             self._counts[path] = len(whole)
         return self._counts[path]
 

@@ -164,8 +164,10 @@ class JobHost:
         """What somebody hears who may not ask: whom to leave it to, and nothing else."""
         tenancy = self.tenancy
         promised, promised_to = tenancy.promised, tenancy.promised_to
-        generation, in_touch = inquire.generation, self._is_in_touch
-        return Answer(self.job, generation, False, promised, promised_to, (), (), in_touch=in_touch)
+        return Answer(
+            self.job, inquire.generation, False, promised, promised_to, (), (),
+            in_touch=self._is_in_touch, adopted=tenancy.adopted,
+        )  # fmt: skip
 
     @property
     def _is_in_touch(self) -> bool:
@@ -195,6 +197,7 @@ class JobHost:
             is_warm=self._work.pid is not None,
             in_touch=self._is_in_touch,
             is_new=tenancy.plan is None,
+            adopted=tenancy.adopted,
         )
 
     # ---- life ------------------------------------------------------------------------------

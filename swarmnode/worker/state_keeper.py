@@ -87,12 +87,12 @@ class StateKeeper:
         return tuple(answer for answer in found if answer is not None)
 
     def readies(self) -> tuple[Ready, ...]:
-        """What was said of steps that are not applied here, as far as the log still has them."""
+        """What was said last, as far as the log still has it. Also of a step that is applied here:
+        whoever asks may not know that it was committed."""
         return tuple(
             ready
             for (stage, _), ready in sorted(self._readies.items())
             if self._logs.get(stage, {}).get(ready.step) == ready.update
-            and ready.step >= self.memory.get(stage, 0)
         )
 
     def file(self, stage: int, step: int, kinds: Collection[FileKind] = _BEST_FIRST) -> Path | None:

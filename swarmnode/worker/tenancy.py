@@ -25,8 +25,10 @@ VerifyLease = Callable[["Tenancy", bytes, PeerId, Generation], bool]
 
 
 def is_voter(tenancy: "Tenancy", _lease: bytes, sender: PeerId, _generation: Generation) -> bool:
-    """Let those begin a generation whom the last plan named to succeed its coordinator."""
-    return tenancy.plan is not None and sender in tenancy.plan.voters
+    """Let those begin a generation whom the last plan named to succeed its coordinator, or who
+    were named before: the last plan may never have begun."""
+    plan = tenancy.plan
+    return plan is not None and sender in (*plan.voters, *plan.voters_before)
 
 
 def may_coordinate(
@@ -87,12 +89,15 @@ class Tenancy:
 
         `coordinator_is_live`: whether a control stream with `coordinator` is open now.
         `num_lines`: lines of the job's journal that this node has; who has fewer would forget.
+        What a majority has granted already makes void whatever else is known: no plan that was
+        adopted meanwhile can begin any more.
         """
         generation = inquire.generation
         is_same = generation == self.promised > self.adopted and sender == self.promised_to
         if not (generation > self.promised or is_same) or inquire.based_on < self.adopted:
             return None
-        if inquire.num_lines < num_lines and sender != self.coordinator:
+        would_forget = inquire.num_lines < num_lines and not inquire.is_agreed
+        if would_forget and sender != self.coordinator:
             return None
         if sender != self.coordinator and coordinator_is_live:
             return None
@@ -101,15 +106,15 @@ class Tenancy:
     def on_assign(self, assign: Assign, sender: PeerId) -> "Tenancy | None":
         """The tenancy that has adopted the plan, or None where it may not.
 
-        That is the generation promised to `sender`; one that is adopted already, again; or a
-        later one by the coordinator that this worker obeys anyhow.
+        That is the generation promised to `sender`, or a later one by the coordinator that this
+        worker obeys anyhow. One that is adopted already is not carried out again: steps were
+        committed since, and it would take the states back to before them.
         """
         plan = assign.plan
         if plan.coordinator != sender:
             return None
         if plan.generation == self.promised:
-            is_new = plan.generation > self.adopted
-            may = sender == self.promised_to and (is_new or plan == self.plan)
+            may = sender == self.promised_to and plan.generation > self.adopted
         else:
             obeyed = sender == self.coordinator and self.promised_to == sender
             may = plan.generation > self.promised and obeyed

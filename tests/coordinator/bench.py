@@ -237,11 +237,16 @@ class Bench:
     """A ledger with its workers; messages are delivered one by one, in order."""
 
     def __init__(
-        self, job: Manifest, names: str, *, records: list[on.Record] | None = None
+        self,
+        job: Manifest,
+        names: str,
+        *,
+        records: list[on.Record] | None = None,
+        me: str = "a",
     ) -> None:
         self.job = job
         self.now_s = 0.0
-        self.ledger = Ledger(job, FACTS, PeerId("a"), b"", self.now_s)
+        self.ledger = Ledger(job, FACTS, PeerId(me), b"", self.now_s)
         self.ledger.restore(records or [])
         self.adverts = {PeerId(name): advert(name) for name in names}
         self.workers = {peer: Worker(peer, job.batch) for peer in self.adverts}

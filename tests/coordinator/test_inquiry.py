@@ -1,10 +1,12 @@
 """Whose word a new generation needs: majorities, ties, and to whom a coordinator hands over."""
 
+from dataclasses import replace
+
 import pytest
 
 from swarmnode.coordinator.inquiry import Inquiry
 from swarmnode.domain import Generation, JobId, PeerId, Plan
-from swarmnode.messages import Answer
+from swarmnode.messages import Answer, Held
 
 JOB = JobId("job")
 NEXT = Generation(9)
@@ -32,8 +34,14 @@ def asked(me: str, before: Plan, *, is_begun: bool) -> Inquiry:
     return inquiry
 
 
-def refusal(promised: int, to: str, *, in_touch: bool) -> Answer:
-    return Answer(JOB, NEXT, False, Generation(promised), PeerId(to), (), (), in_touch=in_touch)
+def refusal(
+    promised: int, to: str, *, in_touch: bool, adopted: int = 3, stages: tuple[int, ...] = ()
+) -> Answer:
+    held = tuple(Held(stage, 0, 1, 4, 0, 4) for stage in stages)
+    return Answer(
+        JOB, NEXT, False, Generation(promised), PeerId(to), held, (),
+        in_touch=in_touch, adopted=Generation(adopted),
+    )  # fmt: skip
 
 
 def grant(to: str, *, is_new: bool = False) -> Answer:
@@ -118,3 +126,88 @@ def test_a_higher_number_is_tried_once_those_who_refused_would_make_the_majority
     assert inquiry.is_refused
     inquiry.heard(PeerId("d"), grant("a"), 1.0)
     assert not inquiry.is_refused
+
+
+def test_who_refused_is_asked_once_more_as_soon_as_a_majority_has_agreed() -> None:
+    inquiry = asked("a", plan("a", "abc"), is_begun=True)
+    inquiry.heard(PeerId("c"), refusal(5, "c", in_touch=False, adopted=5), 1.0)
+    inquiry.heard(PeerId("a"), grant("a"), 1.0)
+    assert inquiry.insist() == [], "one of three"
+    inquiry.heard(PeerId("b"), grant("a"), 1.0)
+    assert inquiry.ask(inquiry.insist(), 1.0) == ["c"]
+    assert not inquiry.is_settled(1.5), "it has time to answer again"
+    inquiry.heard(PeerId("c"), refusal(5, "c", in_touch=True, adopted=5), 1.6)
+    assert inquiry.insist() == []
+    assert inquiry.is_settled(1.7)
+
+
+def test_who_promised_itself_as_high_to_another_is_outbid_and_not_asked_once_more() -> None:
+    inquiry = asked("a", plan("a", "abc"), is_begun=True)
+    for peer in peers("ab"):
+        inquiry.heard(peer, grant("a"), 1.0)
+    inquiry.heard(PeerId("c"), refusal(5, "c", in_touch=False), 1.0)
+    assert not inquiry.is_outbid, "no number would change its mind"
+    inquiry.heard(PeerId("c"), refusal(9, "c", in_touch=False), 1.0)
+    assert inquiry.is_outbid
+    assert inquiry.insist() == []
+
+
+def test_who_cannot_win_leaves_it_to_whom_its_own_voice_makes_the_winner() -> None:
+    """Two of four have adopted a plan of b; a does not know it, and d has lost its disk."""
+    inquiry = asked("a", plan("a", "abcd"), is_begun=True)
+    inquiry.heard(PeerId("a"), grant("a"), 1.0)
+    inquiry.heard(PeerId("d"), grant("a", is_new=True), 1.0)
+    for peer in peers("bc"):
+        assert inquiry.successor is None
+        inquiry.heard(peer, refusal(4, "b", in_touch=True, adopted=4), 1.0)
+    assert inquiry.successor == "b"
+
+
+@pytest.mark.parametrize(
+    ("adopted", "is_forgetful", "in_touch"),
+    [(3, True, True), (4, False, True), (4, True, False)],
+    ids=["a higher number may win", "with d it could", "b is gone"],
+)
+def test_who_may_still_win_does_not_step_down(
+    adopted: int, is_forgetful: bool, in_touch: bool
+) -> None:
+    inquiry = asked("a", plan("a", "abcd"), is_begun=True)
+    inquiry.heard(PeerId("a"), grant("a"), 1.0)
+    inquiry.heard(PeerId("d"), grant("a", is_new=is_forgetful), 1.0)
+    for peer in peers("bc"):
+        inquiry.heard(peer, refusal(4, "b", in_touch=in_touch, adopted=adopted), 1.0)
+    assert inquiry.successor is None
+
+
+def test_of_two_that_know_different_plans_only_the_one_with_the_older_one_steps_down() -> None:
+    """Else the job would be left to nobody."""
+    older = asked("a", plan("a", "abcde"), is_begun=True)
+    later = replace(plan("b", "bd", before="abcde"), generation=Generation(4))
+    newer = asked("b", later, is_begun=False)
+    for peer, to in zip(peers("acbd"), peers("aabb"), strict=True):
+        for inquiry, me in ((older, "a"), (newer, "b")):
+            refused = refusal(9, to, in_touch=True, adopted=4 if to == "b" else 3)
+            inquiry.heard(peer, grant(me) if to == me else refused, 1.0)
+    for inquiry, me in ((older, "a"), (newer, "b")):
+        inquiry.heard(PeerId("e"), grant(me, is_new=True), 1.0)
+    assert older.successor == "b"
+    assert newer.successor is None
+
+
+def test_a_rival_is_one_whose_followers_hold_what_is_missing() -> None:
+    inquiry = asked("a", plan("a", "abc"), is_begun=True)
+    inquiry.heard(PeerId("c"), refusal(5, "c", in_touch=True, stages=(1,)), 1.0)
+    assert inquiry.rival((1,)) == "c"
+    assert inquiry.rival((0,)) is None
+    inquiry.heard(PeerId("c"), refusal(5, "c", in_touch=False, stages=(1,)), 1.0)
+    assert inquiry.rival((1,)) is None
+
+
+def test_who_knows_no_plan_of_a_job_tells_nobody_that_theirs_is_void() -> None:
+    inquiry = Inquiry(NEXT, None, PeerId("a"))
+    inquiry.ask(peers("ab"), 0.0)
+    inquiry.heard(PeerId("a"), grant("a"), 1.0)
+    inquiry.heard(PeerId("b"), refusal(5, "c", in_touch=False, adopted=5), 1.0)
+    assert inquiry.has_majority
+    assert not inquiry.is_agreed
+    assert inquiry.insist() == []

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import zlib
@@ -138,11 +139,33 @@ def test_a_record_is_on_the_disk_before_append_returns(
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
     journal = Journal(path)
+    synced.clear()
     for number, record in enumerate(SOME, 1):
         journal.append(record)
         assert len(synced) == number
         assert synced[-1] == path.stat().st_size
     journal.close()
+
+
+def test_what_an_earlier_life_left_is_on_the_disk_before_anything_follows_from_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been killed between a line and its fsync; then only the kernel has the line."""
+    data = write(path, SOME)
+    path.write_bytes(data + b"torn")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    journal = Journal(path)
+    assert journal.found == SOME
+    assert synced == [len(data)]
+    journal.close()
+
+
+def test_a_loss_that_nobody_knows_is_read_back_as_such(path: Path) -> None:
+    write(path, [CommitRecord(Generation(1), 0, 1.0, math.nan, ())])
+    ((record,), _) = read_journal(path)
+    assert isinstance(record, CommitRecord)
+    assert math.isnan(record.loss)
 
 
 def test_a_tail_torn_at_any_byte_leaves_exactly_the_whole_records(path: Path) -> None:

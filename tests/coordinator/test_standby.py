@@ -1,6 +1,9 @@
 """Copies of journals that others write: whole lines in order, and never shorter than before."""
 
+import os
 from pathlib import Path
+
+import pytest
 
 from swarmnode.coordinator.events import EndRecord, EvaluationRecord
 from swarmnode.coordinator.journal import Journal, read_journal
@@ -37,6 +40,17 @@ def test_lines_are_taken_in_order_and_survive_a_restart(tmp_path: Path) -> None:
     assert again.num_lines(JOB) == 3
     again.take(JOB, 3, fourth)
     assert losses_of(again) == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_what_an_earlier_life_left_is_on_the_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"".join(lines_of(tmp_path / "journal", [4.0, 3.0]))
+    StandbyJournals(tmp_path / "standby").take(JOB, 0, data)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    assert StandbyJournals(tmp_path / "standby").num_lines(JOB) == 2
+    assert synced == [len(data)]
 
 
 def test_a_journal_that_is_told_again_replaces_the_old_one_only_once_it_is_as_long(

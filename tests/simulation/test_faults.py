@@ -38,14 +38,22 @@ ONCE_FAILED = (
     1476,  # one candidate had the states and the other the votes, for ever
     843,  # as 833, while states were gathered
     159,  # two candidates outbid each other in the same rhythm
+    2075,  # a commit by a frozen coordinator rested on Readys of which its successor had not all
+    344,  # who held a state had adopted a plan that never began, and refused whoever had the votes
+    4035,  # as 344
+    2360,  # one that could not win any more kept back the voice that another one needed
+    2609,  # as 2360
+    3319,  # as 2360
+    3388,  # two candidates refused each other for ever: one knew a later plan, the other had votes
+    3946,  # a lost stage was never given up: refusals that no number cures began each search anew
+    4820,  # an Assign that came twice took a worker back to before steps that were committed since
+    1620,  # as 4820
+    2602,  # a line of the journal that was never synchronised counted after a restart
+    3736,  # the simulation lost a disk without which the voters were no majority
+    3493,  # a step was committed of which one of two holders had no copy
+    4485,  # as 3493
 )
 """Seeds that showed a bug once. Schedules change with the code; they stay as samples."""
-
-OPEN = (
-    344,  # who holds a state has adopted a plan that never began, and waits for its coordinator
-    2075,  # goes back a step although holders could be reached; not looked into
-)
-"""Seeds that show what is not mended yet."""
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -59,13 +67,6 @@ def test_a_job_survives_every_fault(seed: int) -> None:
 @pytest.mark.parametrize("seed", ONCE_FAILED)
 def test_what_failed_once_does_not_fail_again(seed: int) -> None:
     assert run_seed(FAULTS, seed).violation == ""
-
-
-@pytest.mark.parametrize("seed", OPEN)
-def test_what_is_known_to_fail(seed: int) -> None:
-    violation = run_seed(FAULTS, seed).violation
-    if violation:
-        pytest.xfail(violation)
 
 
 def test_equal_seeds_give_equal_runs() -> None:

@@ -1,11 +1,12 @@
 """The invariants bite: with one safeguard taken out of the real machines, a few seeds show it."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 import pytest
 
 from swarmnode.coordinator import events as on
+from swarmnode.coordinator.inquiry import Inquiry
 from swarmnode.coordinator.job_state import JobState
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.votes import Votes
@@ -78,6 +79,17 @@ def test_the_journal_is_read_without_its_last_commit(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(JobState, "restore", forget)
     assert shown(monkeypatch)
+
+
+def test_half_of_the_voters_are_enough_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the first of them alone: two coordinators may each have half."""
+
+    def is_enough(self: Inquiry, group: Sequence[PeerId], agreed: Set[PeerId]) -> bool:
+        count = sum(voter in agreed - self._forgetful for voter in group)
+        return 2 * count >= len(group)
+
+    monkeypatch.setattr(Inquiry, "_is_enough", is_enough)
+    assert "has begun already" in shown(monkeypatch)
 
 
 def test_a_ready_that_comes_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:

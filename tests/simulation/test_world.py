@@ -4,9 +4,11 @@ from random import Random
 
 import pytest
 
-from swarmnode.domain import JobId
+from swarmnode.domain import Generation, JobId, PeerId, Plan
 from swarmnode.messages import Message, Ping
 from swarmnode.simulation.disk import Disk
+from swarmnode.simulation.history import History
+from swarmnode.simulation.invariants import Invariants
 from swarmnode.simulation.network import End, Machine, Network, Protocol
 from swarmnode.simulation.world import Process, World
 
@@ -155,6 +157,16 @@ def test_a_loss_of_power_keeps_what_was_synchronised() -> None:
     assert len(lengths) > 2
 
 
+def test_what_an_earlier_process_left_can_be_made_safe_although_the_disk_is_full() -> None:
+    disk = Disk()
+    disk.append("f", b"left")
+    disk.is_full = True
+    disk.settle("f")
+    for seed in range(10):
+        disk.lose_power(Random(seed))
+        assert disk.read("f") == b"left"
+
+
 def test_a_full_disk_refuses_and_keeps_what_it_has() -> None:
     disk = Disk()
     disk.replace("f", b"old")
@@ -162,3 +174,22 @@ def test_a_full_disk_refuses_and_keeps_what_it_has() -> None:
     with pytest.raises(OSError, match="No space"):
         disk.replace("f", b"new")
     assert disk.read("f") == b"old"
+
+
+@pytest.mark.parametrize(
+    ("voters", "before", "needed"),
+    [("abc", "", ""), ("abcd", "", ""), ("ab", "", "a"), ("abc", "bc", "b"), ("c", "abc", "c")],
+)
+def test_without_whom_the_other_voters_are_no_majority(
+    voters: str, before: str, needed: str
+) -> None:
+    """Half of them are one with the first."""
+    plan = Plan(
+        Generation(1), ((0, 1),), ((PeerId("a"),),), PeerId("a"),
+        voters=tuple(map(PeerId, voters)), voters_before=tuple(map(PeerId, before)),
+    )  # fmt: skip
+    invariants, job = Invariants(), JobId("job")
+    invariants.add(job, History(1, 1, 1, 1, 1.0))
+    assert invariants.has_majority_without("a"), "nothing has begun"
+    invariants.begun(job, "a", plan, 0, findable=[])
+    assert [peer for peer in "abcde" if not invariants.has_majority_without(peer)] == list(needed)

@@ -70,6 +70,18 @@ def test_who_knows_less_is_not_granted() -> None:
     assert tenancy.on_inquire(inquire(6, 5, num_lines=8), SECOND, False, 8) is not None
 
 
+def test_what_a_majority_granted_is_granted_although_we_adopted_a_plan_that_never_began() -> None:
+    tenancy = adopted(5)
+    agreed = inquire(8, based_on=8, num_lines=7)
+    granted = tenancy.on_inquire(agreed, SECOND, False, 9)
+    assert granted is not None
+    assert (granted.promised, granted.promised_to, granted.adopted) == (8, SECOND, 5)
+    assert tenancy.on_inquire(inquire(8, based_on=4, num_lines=7), SECOND, False, 7) is None
+    assert tenancy.on_inquire(agreed, SECOND, True, 9) is None, "our coordinator lives"
+    assert granted.on_inquire(agreed, THIRD, False, 9) is None, "promised to another"
+    assert tenancy.on_inquire(inquire(5, based_on=5), SECOND, False) is None, "not above ours"
+
+
 def test_the_coordinator_that_is_obeyed_wrote_the_journal_and_may_have_less_of_it() -> None:
     found = adopted(5).on_inquire(inquire(6, 5, num_lines=7), SUBMITTER, False, 8)
     assert found is not None
@@ -106,9 +118,10 @@ def test_the_coordinator_that_is_obeyed_may_go_on_without_a_question() -> None:
     assert tenancy.on_assign(assign(4, SECOND), SECOND) is None
 
 
-def test_the_same_generation_again_is_the_same_plan() -> None:
+def test_an_assignment_that_comes_twice_is_carried_out_once() -> None:
+    """It names the step from which its generation began: a second time, steps would be undone."""
     tenancy = adopted(2)
-    assert tenancy.on_assign(assign(2), SUBMITTER) == tenancy
+    assert tenancy.on_assign(assign(2), SUBMITTER) is None
     other = replace(assign(2), plan=replace(plan(2), slots=((PeerId("other"),),)))
     assert tenancy.on_assign(other, SUBMITTER) is None
 
@@ -123,6 +136,9 @@ def test_strangers_may_not_ask_and_voters_may() -> None:
     assert tenancy.may_ask(inquire(2), SECOND)
     assert not tenancy.may_ask(inquire(2), SECOND, never)
     assert not tenancy.may_ask(inquire(2), THIRD)
+    assert tenancy.plan is not None
+    before = replace(tenancy, plan=replace(tenancy.plan, voters_before=(THIRD,)))
+    assert before.may_ask(inquire(2), THIRD), "the plan may never have begun"
     assert tenancy.may_ask(inquire(2), THIRD, lambda _t, lease, _s, _g: lease == b"")
 
 

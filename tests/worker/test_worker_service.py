@@ -12,6 +12,7 @@ from worker_node import GOOD, ME, STRANGER, SUBMITTER, answer, assign, manifest,
 from swarmnode.domain import Generation, JobId
 from swarmnode.errors import PeerLostError
 from swarmnode.messages import (
+    Answer,
     Begin,
     Failed,
     Message,
@@ -106,10 +107,24 @@ async def test_a_full_node_refuses_one_more_job_but_not_a_newer_stream_of_its_ow
         reason = (await n.logs("assignment refused"))["reason"]
         assert reason == f"this node works for {MAX_JOBS} jobs already"
         again = await n.stream()
-        await again.send(pack(assign(jobs[0])), jobs[0].canonical())
+        newer = assign(jobs[0], plan=plan(generation=2))
+        await again.send(pack(newer), jobs[0].canonical())
         assert isinstance(await answer(again), Failed)
         assert {host.job for host in n.service.hosts()} == before
         assert n.dropped == {"bad_assignment": 1}
+
+
+async def test_an_assignment_that_comes_twice_is_carried_out_once(tmp_path: Path) -> None:
+    async with node(tmp_path) as n:
+        for count in range(2):
+            stream = await n.stream()
+            await stream.send(pack(assign()), GOOD.canonical())
+            said = await answer(stream)
+            if count == 0:
+                assert isinstance(said, Failed), "there is nothing to compute with here"
+            else:
+                assert isinstance(said, Answer)
+                assert (said.granted, said.promised, said.adopted) == (False, 1, 1)
 
 
 async def test_a_coordinator_that_dies_is_waited_for(tmp_path: Path) -> None:
