@@ -197,6 +197,8 @@ class Release:
 
     job: JobId
     reason: Text
+    is_over: bool = False
+    """Whether nobody works for the job any more, and nobody ever will again."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,8 @@ class Answer:
     """Whether `promised_to` talks to the worker still, or has let it go."""
     is_new: bool = False
     """Whether it knows no plan of the job: a voter that knows none has lost its disk."""
+    is_over: bool = False
+    """Whether it was told that the job has ended."""
     adopted: Fence = BEFORE_ANY
     """The generation of the last plan that it adopted, whether that one has begun or not."""
 

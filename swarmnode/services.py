@@ -18,7 +18,7 @@ from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.coordinator.solving import Solver
 from swarmnode.coordinator.succession import Succession
-from swarmnode.domain import Advert, DeviceSpec, Limits, ModelFacts, PeerId
+from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
 from swarmnode.errors import ChildError, SwarmError
 from swarmnode.home import load_token, write_private
 from swarmnode.http import server
@@ -39,7 +39,7 @@ from swarmnode.p2p.ports import Transport
 from swarmnode.p2p.prober import Prober
 from swarmnode.p2p.probing import Responder
 from swarmnode.p2p.switch import Switch
-from swarmnode.worker.models.tool import export_model, model_facts
+from swarmnode.worker.models.tool import FactsDesk, export_model
 from swarmnode.worker.probe import probe
 from swarmnode.worker.service import WorkerService
 from swarmnode.worker.tenancy import may_coordinate
@@ -71,6 +71,7 @@ class Services:
         self._incarnation = time.time_ns() // 1_000_000
         self._membership = Membership(lease_s=config.lease_s)
         self._dropped_records: dict[str, int] = {}
+        self._facts = FactsDesk(config.home / "model-tool.log")
         self.metrics = telemetry.Metrics(version=__version__, peer=identity.peer)
         self.metrics.set_device_memory(
             total_bytes=device.memory_total_bytes, free_bytes=device.memory_free_bytes
@@ -127,7 +128,7 @@ class Services:
                 links=self.link_reports,
             ),
             group,
-            self._facts_of,
+            self._facts.ask,
         )
         self.succession = Succession(
             identity.peer,
@@ -343,11 +344,6 @@ class Services:
             (home / "http.json").unlink(missing_ok=True)
             if config.targets_directory is not None:
                 telemetry.remove_target(config.targets_directory, peer=self._identity.peer)
-
-    async def _facts_of(
-        self, config: Mapping[str, Any], stages: int, stored: tuple[str, ...] | None
-    ) -> ModelFacts:
-        return await model_facts(config, self._config.home / "model-tool.log", stages, stored)
 
     async def _export_model(
         self, config: Mapping[str, Any], weights: Path, tokenizer: Path, directory: Path

@@ -122,7 +122,8 @@ class CheckpointDesk:
         return await asyncio.to_thread(shelf.load, steps[-1] if step is None else step)
 
     async def _whole_shelf(self, job: "RunningJob") -> Shelf:
-        """The shelf once everything is on it that the journal names."""
+        """The shelf once everything is on it that the job's state names."""
+        await job.runner.settled()
         try:
             await asyncio.wrap_future(self._writer.submit(self._update))
         except RuntimeError:

@@ -226,6 +226,8 @@ class Generations(JobState):
             self._proposed = Generation(max(self._proposed, answer.promised))
             return self._form(now_s) if is_deserted and self.is_worker(peer) else []
         forming.inquiry.heard(peer, answer, now_s)
+        if forming.inquiry.is_over:
+            return self._end("stopped", "it ended while this node was away")
         return forming.insist(self.head, now_s) + self._take_stock(now_s)
 
     @property
@@ -389,4 +391,4 @@ class Generations(JobState):
         named = {*self.plan.workers(), *self.plan.voters} if self.plan else set()
         effects: list[Effect] = [Write(on.EndRecord(phase, reason))]
         holders = sorted(named | self._leftover)  # a voter may still hold what it hosted before
-        return effects + [Send(peer, Release(self.job, reason)) for peer in holders]
+        return effects + [Send(peer, Release(self.job, reason, is_over=True)) for peer in holders]

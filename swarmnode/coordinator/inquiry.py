@@ -42,6 +42,9 @@ class Inquiry:
         """Nothing has begun yet, so that nobody can have forgotten it."""
         self._forgetful: set[PeerId] = set()
         self._known = before.generation if before else Generation(0)
+        self._coordinator = before.coordinator if before is not None else me
+        self._told: set[PeerId] = set()
+        """Who was told that the job has ended."""
         self._refused: dict[PeerId, Answer] = {}
         self._insisted: set[PeerId] = set()
         self._asked_s: dict[PeerId, float] = {}
@@ -89,6 +92,8 @@ class Inquiry:
         if peer not in self._asked_s or answer.generation != self.generation:
             return
         self._lost.discard(peer)
+        if answer.is_over:
+            self._told.add(peer)
         if answer.is_new and not self._all_count:
             self._forgetful.add(peer)  # who has lost its promises may work, not vote
         if answer.granted:
@@ -140,6 +145,13 @@ class Inquiry:
             if ready.generation == plan.generation and ready.step == step
             if ready.source in plan and plan.host(ready.source) == peer
         ]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended: the coordinator so far says so, or a majority of a group."""
+        return self._coordinator in self._told or any(
+            2 * sum(voter in self._told for voter in group) > len(group) for group in self.quorums
+        )
 
     @property
     def successor(self) -> PeerId | None:

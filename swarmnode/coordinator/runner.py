@@ -87,6 +87,7 @@ class JobRunner:
         self._group: asyncio.TaskGroup | None = None
         self._num_changes = 0
         self._condition = asyncio.Condition()
+        self._handling = asyncio.Lock()
 
     async def run(self) -> None:
         """Work until the job is over. Never raises for what a peer did."""
@@ -99,8 +100,9 @@ class JobRunner:
                     phase = self.ledger.phase
                     if isinstance(event, on.Heard) and isinstance(event.message, Answer):
                         self._tenure.heard(event.peer, event.message)
-                    for effect in self.ledger.handle(event, time.monotonic()):
-                        await self._perform(effect)
+                    async with self._handling:
+                        for effect in self.ledger.handle(event, time.monotonic()):
+                            await self._perform(effect)
                     if self.ledger.phase != phase or isinstance(event, on.WorkerLost):
                         self._report(event)
                     self._tools.on_changed(self.ledger)
@@ -117,6 +119,11 @@ class JobRunner:
         async with self._condition:
             await self._condition.wait_for(lambda: self._num_changes > since)
             return self._num_changes
+
+    async def settled(self) -> None:
+        """Wait until what the ledger shows by now is also in the journal."""
+        async with self._handling:
+            pass
 
     async def _notify(self) -> None:
         async with self._condition:
@@ -138,6 +145,7 @@ class JobRunner:
 
     def _report(self, event: on.Event) -> None:
         ledger = self.ledger
+        lost = {"lost": f"{event.peer}: {event.reason}"} if isinstance(event, on.WorkerLost) else {}
         self._tools.log(
             "job",
             job=ledger.job,
@@ -146,6 +154,7 @@ class JobRunner:
             generation=ledger.generation,
             cause=type(event).__name__,
             reason=ledger.reason,
+            **lost,
         )
 
     async def _tick(self) -> None:

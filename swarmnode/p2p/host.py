@@ -118,13 +118,16 @@ class Host:
         Raises: PeerLostError if that takes over `timeout_s` or fails, RefusedError if the peer
         does not serve `protocol`.
         """
+        connection: Any = None
         try:
             with trio.fail_after(timeout_s):
                 async with self._dial_locks[peer]:
                     connection = self._connection(peer) or await self._dial(peer, addresses)
                 return await self._negotiate(connection, peer, protocol)
         except trio.TooSlowError as error:
-            await self.disconnect(peer)  # a connection that does not answer is no use to anyone
+            if connection is not None:  # it does not answer; one that the peer dialled may
+                with suppress(BaseLibp2pError):
+                    await connection.close()
             raise PeerLostError(peer, f"no answer within {timeout_s:g} s") from error
         except (BaseLibp2pError, OSError, ValueError) as error:
             raise PeerLostError(peer, f"cannot open a stream: {error}") from error

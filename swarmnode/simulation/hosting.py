@@ -178,6 +178,7 @@ class Hosting:
             is_warm=self.work.is_warm,
             in_touch=self._is_in_touch,
             is_new=tenancy.plan is None,
+            is_over=tenancy.is_over,
             adopted=tenancy.adopted,
         )
         self._daemon.swarm.answered(self._daemon.name, answer)
@@ -189,7 +190,7 @@ class Hosting:
         job, promised, promised_to = self.manifest.job, tenancy.promised, tenancy.promised_to
         answer = Answer(
             job, inquire.generation, False, promised, promised_to, (), (),
-            in_touch=self._is_in_touch, adopted=tenancy.adopted,
+            in_touch=self._is_in_touch, is_over=tenancy.is_over, adopted=tenancy.adopted,
         )  # fmt: skip
         end.send(answer)
 
@@ -222,8 +223,8 @@ class Hosting:
                 self.work.save(fence, step, stage)
             case Entry():
                 self._daemon.succession.entry(message)
-            case Release():
-                yield from self._release()
+            case Release(is_over=is_over):
+                yield from self._release(is_over=is_over)
 
     def _adopt(self, end: End, message: Adopt) -> Script:
         """Remember a plan in which we have no part; the answer counts as our vote for it."""
@@ -237,13 +238,14 @@ class Hosting:
             return
         self._post(Adopted(job, plan.generation))
 
-    def _release(self) -> Script:
+    def _release(self, *, is_over: bool) -> Script:
         """The job is over for this machine: everything of it goes, but for what was promised."""
         self.work.stop()
         if self._line is not None:
             self._line.close()
             self._line = None
-        yield from self._promise(self.tenancy, replace(self.tenancy, is_released=True))
+        released = replace(self.tenancy, is_released=True, is_over=is_over)
+        yield from self._promise(self.tenancy, released)
         self.keeper.remove()
 
     def on_frame(self, frame: Frame, payload: bytes) -> None:

@@ -64,7 +64,7 @@ class JobHost:
         self._ended = asyncio.Event()
         self._stopped = asyncio.Event()
         self._stopped.set()
-        self._is_released = False
+        self._release: Release | None = None
         self._talk: asyncio.Task[None] | None = None
         self._conversation: Conversation | None = None
         self._coordinator: PeerId | None = None
@@ -166,7 +166,7 @@ class JobHost:
         promised, promised_to = tenancy.promised, tenancy.promised_to
         return Answer(
             self.job, inquire.generation, False, promised, promised_to, (), (),
-            in_touch=self._is_in_touch, adopted=tenancy.adopted,
+            in_touch=self._is_in_touch, is_over=tenancy.is_over, adopted=tenancy.adopted,
         )  # fmt: skip
 
     @property
@@ -197,6 +197,7 @@ class JobHost:
             is_warm=self._work.pid is not None,
             in_touch=self._is_in_touch,
             is_new=tenancy.plan is None,
+            is_over=tenancy.is_over,
             adopted=tenancy.adopted,
         )
 
@@ -231,9 +232,10 @@ class JobHost:
             if self._talk is not None:
                 self._talk.cancel()
             await self._work.stop()
-            if self._is_released:
-                before, self._is_released = self.tenancy, False
-                await self._promise(before, replace(before, is_released=True))
+            if self._release is not None:
+                before, is_over = self.tenancy, self._release.is_over
+                self._release = None
+                await self._promise(before, replace(before, is_released=True, is_over=is_over))
                 await asyncio.to_thread(self.keeper.remove)
             self._stopped.set()
 
@@ -332,7 +334,7 @@ class JobHost:
                 with contextlib.suppress(OSError):  # who lacks lines does not stand in the way
                     self._tools.on_entry(self.job, number, lines)
             case Release():
-                self._is_released = True
+                self._release = message
                 self._ended.set()
                 raise _EndedError
             case _:

@@ -58,6 +58,8 @@ class Tenancy:
     """What its coordinator showed for it."""
     is_released: bool = False
     """Whether we have no part in the job any more; what was promised holds all the same."""
+    is_over: bool = False
+    """Whether the job has ended: nobody is promised anything any more."""
 
     @staticmethod
     def fresh(job: JobId, submitter: PeerId) -> "Tenancy":
@@ -92,6 +94,8 @@ class Tenancy:
         What a majority has granted already makes void whatever else is known: no plan that was
         adopted meanwhile can begin any more.
         """
+        if self.is_over:
+            return None
         generation = inquire.generation
         is_same = generation == self.promised > self.adopted and sender == self.promised_to
         if not (generation > self.promised or is_same) or inquire.based_on < self.adopted:
@@ -111,7 +115,7 @@ class Tenancy:
         committed since, and it would take the states back to before them.
         """
         plan = assign.plan
-        if plan.coordinator != sender:
+        if plan.coordinator != sender or self.is_over:
             return None
         if plan.generation == self.promised:
             may = sender == self.promised_to and plan.generation > self.adopted
@@ -152,6 +156,7 @@ class Tenancy:
             "plan": None if self.plan is None else _PLAN.dump_python(self.plan, mode="json"),
             "lease": self.lease.hex(),
             "released": self.is_released,
+            "over": self.is_over,
         }
 
     @staticmethod
@@ -167,6 +172,7 @@ class Tenancy:
                 plan=plan,
                 lease=bytes.fromhex(raw["lease"]),
                 is_released=raw["released"] is True,
+                is_over=raw.get("over") is True,
             )
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             raise DataError(f"not a tenancy: {error!s:.200}") from None

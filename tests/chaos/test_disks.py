@@ -1,22 +1,18 @@
 """Disks that are full, lie, or were torn: what was committed is found elsewhere."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from swarmnode.cli.local_swarm import LocalNode
-from swarmnode.config import LOG_FILE
 from swarmnode.coordinator.events import CommitRecord, Record
 from swarmnode.coordinator.journal import read_journal
 from swarmnode.tensorfiles import read_header
-from tests.chaos.trial import EVERY, Outcome, Trial, suspend
+from tests.chaos.trial import EVERY, Outcome, Trial, placings, suspend
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 SMALL = "size=64m"
@@ -38,13 +34,6 @@ def small_disk(home: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(home)], check=True)
-
-
-def placings(node: LocalNode, job: str) -> list[dict[str, Any]]:
-    """What the node said whenever it began to place the job."""
-    lines = (node.home / LOG_FILE).read_text(encoding="utf-8").splitlines()
-    found = [line for line in map(json.loads, lines) if line["event"] == "job"]
-    return [line for line in found if line["job"] == job and line["phase"] == "placing"]
 
 
 def fill(home: Path) -> Path:
@@ -121,6 +110,8 @@ def test_a_torn_journal_is_made_whole_by_the_others(trial: Trial, undisturbed: O
     # Whoever was told of the torn line has it; if nobody was, the same step is committed again.
     assert committed(job.records())[: len(committed(whole))] == committed(whole)
     assert outcome == undisturbed
+    causes = {line["cause"] for line in placings(trial.node(0), job.name)}
+    assert "Tick" not in causes, "no link was broken"
 
 
 def committed(records: Sequence[Record]) -> list[tuple[object, ...]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.chaos.trial import STEPS, Outcome, Trial, until
+from tests.chaos.trial import NODES, STEPS, Outcome, Trial, until
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 
@@ -15,20 +15,22 @@ def test_another_seed_is_told_from_the_oracle(trial: Trial, undisturbed: Outcome
 
 
 @pytest.mark.parametrize(
-    "place",
+    ("first", "second"),
     [
-        "before_log:6",
-        "after_log:6",  # before Ready
-        "mid_tensor:6",
-        "after_commit:6",  # before it is applied
-        "after_apply:6",  # before Applied
-        "snapshot_write",
+        ("before_log:6", "after_log:13"),  # before Ready
+        ("mid_tensor:6", "after_commit:13"),  # before it is applied
+        ("snapshot_write", "after_apply:13"),  # before Applied
     ],
 )
-def test_a_worker_child_dies(trial: Trial, undisturbed: Outcome, place: str) -> None:
-    trial.arm(2, place)
-    outcome = trial.submit(f"child-{place[:8]}").outcome()
+def test_two_worker_children_die(
+    trial: Trial, undisturbed: Outcome, first: str, second: str
+) -> None:
+    """One after the other, on two nodes: the second while the first one is being replaced."""
+    trial.arm(2, first)
+    trial.arm(1, second)
+    outcome = trial.submit(f"child-{first[:8]}").outcome()
     assert trial.was_hit(2)
+    assert trial.was_hit(1)
     assert outcome == undisturbed
     assert trial.fallen() == [], "every daemon outlives a child"
 
@@ -49,20 +51,22 @@ def test_a_node_dies_while_a_state_moves(trial: Trial, undisturbed: Outcome, pla
     assert job.outcome() == undisturbed
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "before_journal:8",
-        "after_journal:8",  # between Ready and Commit: nobody knows of it but the disk
-        "commit_sent:6",  # one worker was told, the others were not
-    ],
-)
-def test_the_coordinator_dies_around_a_journal_write(
-    trial: Trial, undisturbed: Outcome, place: str
-) -> None:
-    trial.arm(0, place)
-    job = trial.submit(f"head-{place[:8]}", is_watched=False)
-    until(lambda: trial.was_hit(0), "the coordinator dies")
-    until(lambda: trial.fallen() == [0], "and all that it started")
-    trial.start([0])
+def test_every_coordinator_dies_around_a_journal_write(trial: Trial, undisturbed: Outcome) -> None:
+    """Again and again, whoever it is by then; each is started again at once."""
+    places = [
+        "before_journal:2",  # the plan is on its way, and nobody knows yet that it has begun
+        "after_journal:6",  # between Ready and Commit: nobody knows of it but the disk
+        "commit_sent:5",  # one worker was told, the others were not
+        "before_journal:20",  # all are ready, and no disk knows it
+    ]
+    trial.arm_all(places[0])
+    job = trial.submit("heads", is_watched=False)
+    for place, following in zip(places, [*places[1:], None], strict=True):
+        until(lambda: any(map(trial.was_hit, range(NODES))), f"a coordinator dies at {place}")
+        until(lambda: len(trial.fallen()) == 1, "and all that it started")
+        (victim,) = trial.fallen()
+        trial.disarm()
+        if following is not None:
+            trial.arm_all(following)
+        trial.start([victim])
     assert job.outcome() == undisturbed

@@ -4,6 +4,7 @@ The oracle is the undisturbed run: its loss of every step and the SHA-256 of its
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import psutil
 
 from swarmnode.cli.client import NodeClient
 from swarmnode.cli.local_swarm import LocalNode, LocalSwarm
+from swarmnode.config import LOG_FILE
 from swarmnode.coordinator.events import CommitRecord, Record, StartedRecord
 from swarmnode.coordinator.journal import read_journal
 from swarmnode.errors import SwarmError
@@ -26,7 +28,6 @@ GRID = {"stages": 2, "slots": 2, "layers": [2, 2]}
 ENGINE = "swarmnode.worker.engine"
 DIRECTORY = "swarmnode.p2p.directory.child"
 LIMIT_S = 90.0
-NUM_TRIES = 3
 _LOOK_S = 0.02
 
 
@@ -88,6 +89,11 @@ class Trial:
         draft.write_text(place, encoding="utf-8")
         draft.replace(armed)
 
+    def arm_all(self, place: str) -> None:
+        """From now on whoever comes to `place` first dies there, and then nobody else: `disarm`."""
+        for node in self.swarm.nodes:
+            self.arm(node.index, place)
+
     def disarm(self) -> None:
         """Nobody is to die any more."""
         for node in self.swarm.nodes:
@@ -116,16 +122,12 @@ class Trial:
 
         `is_watched`: wait until it is; somebody who dies early may not be waited for.
         """
-        for _ in range(NUM_TRIES):
-            job = Job(self, self.node(0).client.submit(tiny_job(self.text, name, seed), self.text))
-            if not is_watched:
-                return job
+        job = Job(self, self.node(0).client.submit(tiny_job(self.text, name, seed), self.text))
+        if is_watched:
             view = job.until(lambda view: view.phase not in ("waiting", "placing"))
-            if sorted(index for stage in job.hosts(view) for index in stage) == [0, 1, 2, 3]:
-                return job
-            # Nodes that were just started may dial each other at once, and lose a stream by it.
-            self.node(0).client.stop(job.name)
-        raise AssertionError(f"{name} is not placed on all four: {view.placement}")
+            hosts = sorted(index for stage in job.hosts(view) for index in stage)
+            assert hosts == list(range(NODES)), f"{name} is not placed on all four"
+        return job
 
     def _joins(self) -> list[str]:
         args = []
@@ -220,9 +222,13 @@ class Job:
         """Who hosts a slot of each stage."""
         return [{self.trial.peers.index(peer) for peer in row} for row in view.placement]
 
+    def workers(self, view: JobView) -> list[int]:
+        """Those who host a slot and do not coordinate."""
+        return sorted(set().union(*self.hosts(view)) - {self.node})
+
     def worker(self, view: JobView) -> int:
-        """Somebody who hosts a slot and does not coordinate."""
-        return min(set().union(*self.hosts(view)) - {self.node})
+        """The first of them."""
+        return self.workers(view)[0]
 
     @property
     def journal(self) -> Path:
@@ -257,3 +263,10 @@ class Job:
         role = f"worker:{self.name}"
         views = [node.client.node() for node in self.trial.swarm.nodes if node.processes()]
         return {view.peer for view in views if role in view.pids}
+
+
+def placings(node: LocalNode, job: str) -> list[dict[str, Any]]:
+    """What the node said whenever it began to place the job."""
+    lines = (node.home / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    found = [line for line in map(json.loads, lines) if line["event"] == "job"]
+    return [line for line in found if line["job"] == job and line["phase"] == "placing"]

@@ -49,10 +49,16 @@ class World:
             directory=folder / "job",
             tokenizer_directory=folder / "job" / "tokenizer",
             ledger=SimpleNamespace(generation=4, progress=progress),
-            runner=SimpleNamespace(checkpoints=self.records),
+            runner=SimpleNamespace(checkpoints=self.records, settled=self._settled),
         )
+        self.on_their_way: list[int] = []
+        """Steps of checkpoints that the job's state shows and its journal lacks."""
         write_byte_tokenizer(self.job.tokenizer_directory)
         self.desk = CheckpointDesk(make.SIGNER, self.store, lambda: [self.job], self._log)
+
+    async def _settled(self) -> None:
+        while self.on_their_way:
+            self.record(self.on_their_way.pop(0))
 
     def _log(self, event: str, **fields: Any) -> None:
         self.logged.append(f"{event} {fields['step']}: {fields['reason']}")
@@ -102,6 +108,13 @@ def test_the_two_newest_are_kept_and_a_lost_manifest_is_written_again(world: Wor
     world.desk.forget_replaced()
     assert shelf_of(world.job).steps() == (30,)
     assert world.steps() == [30, 40]
+
+
+def test_what_the_state_shows_is_waited_for(world: World) -> None:
+    """A job serves a moment before its last checkpoint is in the journal."""
+    world.record(10)
+    world.on_their_way.append(20)
+    assert world.steps() == [10, 20]
 
 
 def test_a_resumed_job_names_what_it_came_from_and_its_own_losses(tmp_path: Path) -> None:

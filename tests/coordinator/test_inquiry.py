@@ -99,6 +99,20 @@ def test_a_promise_to_somebody_who_is_gone_hands_nothing_over() -> None:
     assert inquiry.highest_promise == 9
 
 
+@pytest.mark.parametrize(
+    ("told", "is_over"),
+    [("b", False), ("be", False), ("bc", False), ("bcd", True), ("a", True)],
+)
+def test_a_job_is_over_if_its_coordinator_says_so_or_most_voters(told: str, is_over: bool) -> None:
+    """Who was away at its end would ask for ever; yet no single voter can end a job by a lie."""
+    inquiry = asked("d", plan("a", "abcd"), is_begun=True)
+    inquiry.ask(peers("e"), 0.0)
+    for peer in peers(told):
+        answer = refusal(12, "b", in_touch=True)
+        inquiry.heard(peer, replace(answer, is_over=True), 1.0)
+    assert inquiry.is_over is is_over
+
+
 def test_a_voter_that_lost_its_disk_works_but_does_not_vote() -> None:
     """It may have promised itself to another before: its word would make two majorities."""
     inquiry = asked("b", plan("a", "abc"), is_begun=True)

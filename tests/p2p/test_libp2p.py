@@ -44,6 +44,30 @@ async def test_a_silent_address_is_lost_in_time_and_a_good_one_wins() -> None:
             assert await stream.receive() == b"x"
 
 
+async def test_who_waits_in_vain_breaks_no_other_connection_with_the_peer() -> None:
+    """A peer that was stopped comes back while we still wait at an address of its earlier life."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
+        async with (
+            Libp2pTransport.start(b"a" * 32, LOOPBACK, open_timeout_s=0.5) as here,
+            Libp2pTransport.start(b"b" * 32, LOOPBACK) as there,
+        ):
+            here.serve("/echo/1", echo, max_message_bytes=10)
+            vain = asyncio.create_task(
+                here.open(there.peer, [silent_address], "/pair/1", max_message_bytes=1)
+            )
+            accepted, _ = await asyncio.to_thread(silent.accept)
+            with accepted:
+                stream = await there.open(
+                    here.peer, here.addresses, "/echo/1", max_message_bytes=10
+                )
+                with pytest.raises(PeerLostError, match="within"):
+                    await vain
+            async with asyncio.timeout(2.0):
+                await stream.send(b"x")
+                assert await stream.receive() == b"x"
+
+
 async def test_announces_what_it_is_told() -> None:
     async with Libp2pTransport.start(b"a" * 32, LOOPBACK, ["/ip4/9.9.9.9/tcp/4001"]) as transport:
         assert transport.addresses == (f"/ip4/9.9.9.9/tcp/4001/p2p/{transport.peer}",)

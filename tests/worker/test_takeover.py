@@ -152,6 +152,21 @@ async def test_a_promise_to_a_coordinator_that_is_gone_is_told_as_such(tmp_path:
         assert not refused.in_touch
 
 
+@pytest.mark.parametrize("is_over", [True, False])
+async def test_who_was_told_that_the_job_has_ended_says_so(tmp_path: Path, is_over: bool) -> None:
+    async with node(tmp_path) as n:
+        stream = await ask(n, SUBMITTER, inquire(1, 0))
+        assert not (await answered(stream)).is_over
+        plan = replace(assign().plan, voters=VOTERS)
+        await stream.send(pack(assign(plan=plan)), GOOD.canonical())
+        assert isinstance(await answer(stream), Failed)
+        await stream.send(pack(Release(GOOD.job, "done", is_over=is_over)))
+        await n.logs("job left")
+    async with node(tmp_path) as n:  # another life
+        found = await answered(await ask(n, STRANGER, inquire(2, 1)))
+        assert (found.is_over, found.granted) == (is_over, not is_over)
+
+
 async def test_two_who_ask_at_once_are_not_both_promised(tmp_path: Path) -> None:
     async with node(tmp_path, verify_lease=lambda *_: True) as n:
         streams = [await ask(n, who, inquire(1, 0)) for who in (STRANGER, THIRD, SUBMITTER) * 3]

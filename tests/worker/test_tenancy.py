@@ -98,6 +98,19 @@ def test_a_generation_that_is_adopted_is_never_promised_again() -> None:
     assert ask(adopted(3), 3, SUBMITTER, 3) is None
 
 
+def test_a_job_that_is_over_is_not_begun_again() -> None:
+    """Who was away at its end stands for election, and others still know its last plan."""
+    let_go = replace(adopted(3), is_released=True)
+    again = ask(let_go, 4, SECOND, 3)
+    assert again is not None, "who was only let go may take part again"
+    over = replace(let_go, is_over=True)
+    assert ask(over, 4, SECOND, 3) is None
+    assert ask(over, 4, SUBMITTER, 3) is None
+    assert over.on_assign(assign(4), SUBMITTER) is None
+    assert let_go.on_assign(assign(4), SUBMITTER) is not None
+    assert Tenancy.from_json(over.to_json()) == over
+
+
 def test_only_what_was_promised_is_adopted() -> None:
     promised = ask(FRESH, 2, SECOND)
     assert promised is not None

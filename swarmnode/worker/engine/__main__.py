@@ -4,6 +4,7 @@ One thread reads the pipe into a queue, always, so that the daemon never waits f
 computing; the main thread computes. The end of the pipe ends the process.
 """
 
+import gc
 import os
 import queue
 import sys
@@ -25,7 +26,11 @@ def main() -> int:
     pipe = ChildPipe.inherit()
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(pipe, inbox), name="pipe", daemon=True).start()
+    gc.disable()  # an import makes no garbage; looking for it takes a sixth of the time
     from swarmnode.worker.engine.engine import Engine  # torch takes seconds to import
+
+    gc.freeze()
+    gc.enable()
 
     def send(message: Message | EngineMessage, payload: bytes | bytearray | memoryview) -> None:
         pipe.send(pack(message), payload)

@@ -15,6 +15,8 @@ from swarmnode.domain import ModelFacts
 from swarmnode.errors import ChildError, DataError
 
 TIMEOUT_S = 600.0
+MAX_KEPT = 32
+"""Answers that a desk remembers."""
 
 
 async def model_facts(
@@ -27,6 +29,26 @@ async def model_facts(
     """
     request = {"do": "facts", "config": dict(config), "stages": stages, "stored": stored}
     return ModelFacts(**await _ask(request, log))
+
+
+class FactsDesk:
+    """Asks for facts of models, and remembers the answers: importing torch takes seconds."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._known: dict[str, ModelFacts] = {}
+
+    async def ask(
+        self, config: Mapping[str, Any], stages: int, stored: tuple[str, ...] | None = None
+    ) -> ModelFacts:
+        """As `model_facts`."""
+        question = json.dumps([dict(config), stages, stored], sort_keys=True)
+        if question not in self._known:
+            found = await model_facts(config, self._log, stages, stored)
+            if len(self._known) >= MAX_KEPT:
+                self._known.clear()
+            self._known[question] = found
+        return self._known[question]
 
 
 async def export_model(
