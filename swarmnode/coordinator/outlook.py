@@ -50,7 +50,7 @@ class Outlook:
         self._predicted_at = (plan.generation, now_s)
         named = {self._me, *plan.workers()}  # a table of all pairs: of no more peers than needed
         swarm = self.swarm([advert for advert in peers if advert.peer in named])
-        self.predicted_s = self._step_s(plan, swarm)
+        self.predicted_s = self._step_s(plan, swarm) if swarm.peers else None
 
     def step_done(self, plan: Plan) -> None:
         """A step of `plan` is committed: what its machines computed meanwhile was this."""

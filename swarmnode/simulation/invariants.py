@@ -175,13 +175,14 @@ class Invariants:
 
     def has_majority_without(self, who: str) -> bool:
         """Whether the jobs can go on if this machine forgets its promises: of the voters of the
-        last plan and of those before enough are left."""
+        last plan and of those before enough are left. Half of them are, with the coordinator."""
         plans = [known.begun[max(known.begun)][1] for known in self._jobs.values() if known.begun]
-        for group in (group for plan in plans for group in (plan.voters, plan.voters_before)):
-            left = [voter for voter in group if voter != who]
-            wins_ties = left[:1] == list(group[:1])
-            if len(left) < len(group) and 2 * len(left) + wins_ties <= len(group):
-                return False
+        for plan in plans:
+            for group in (plan.voters, plan.voters_before):
+                left = [voter for voter in group if voter != who]
+                wins_ties = left[:1] == [plan.coordinator] == list(group[:1])
+                if len(left) < len(group) and 2 * len(left) + wins_ties <= len(group):
+                    return False
         return True
 
     def wiped(self, who: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from swarmnode.coordinator.measurements import MeasuredLink
+from swarmnode.coordinator.outlook import Outlook
 from swarmnode.coordinator.solver.request import Swarm
 from swarmnode.coordinator.survey import (
     UNKNOWN_BYTES_PER_S,
@@ -13,9 +14,9 @@ from swarmnode.coordinator.survey import (
     survey,
 )
 from swarmnode.coordinator.topology import LOCAL_BYTES_PER_S
-from swarmnode.domain import Coordinate, PeerId, Reach
+from swarmnode.domain import Coordinate, Generation, PeerId, Plan, Reach
 from swarmnode.manifest import PlacedJob
-from tests.coordinator.bench import advert
+from tests.coordinator.bench import FACTS, advert, manifest
 
 JOB = PlacedJob(name="j")
 A, B, C = (PeerId(name) for name in "abc")
@@ -58,3 +59,14 @@ def test_what_was_measured_counts_first_and_latency_both_ways() -> None:
     assert (topology.latency_s[1, 2], topology.latency_s[2, 1]) == (0.2, 0.3)
     assert (topology.bytes_per_s[0, 1], topology.bytes_per_s[2, 1]) == (5e6, 7e6)
     assert topology.bytes_per_s[1, 2] == UNKNOWN_BYTES_PER_S
+
+
+def test_where_none_of_a_plans_machines_is_usable_no_step_is_predicted() -> None:
+    """All may be barred for a while, and others be here: that must not end the job."""
+    job, peer = manifest(stages=1, slots=1), PeerId("a")
+    plan = Plan(Generation(1), ((0, FACTS.num_layers),), ((peer,),), peer)
+    outlook = Outlook(FACTS, job, peer)
+    outlook.predict(plan, [advert("a"), advert("z")], 0.0)
+    assert outlook.predicted_s is not None
+    outlook.predict(plan, [advert("z")], 1000.0)
+    assert outlook.predicted_s is None

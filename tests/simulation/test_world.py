@@ -178,12 +178,12 @@ def test_a_full_disk_refuses_and_keeps_what_it_has() -> None:
 
 @pytest.mark.parametrize(
     ("voters", "before", "needed"),
-    [("abc", "", ""), ("abcd", "", ""), ("ab", "", "a"), ("abc", "bc", "b"), ("c", "abc", "c")],
+    [("abc", "", ""), ("abcd", "", ""), ("ab", "", "a"), ("bc", "", "bc"), ("abc", "bc", "bc")],
 )
 def test_without_whom_the_other_voters_are_no_majority(
     voters: str, before: str, needed: str
 ) -> None:
-    """Half of them are one with the first."""
+    """Half of them are one with the coordinator."""
     plan = Plan(
         Generation(1), ((0, 1),), ((PeerId("a"),),), PeerId("a"),
         voters=tuple(map(PeerId, voters)), voters_before=tuple(map(PeerId, before)),
