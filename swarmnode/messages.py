@@ -189,6 +189,8 @@ class Save:
     generation: Fence
     step: Count
     stage: Count
+    readers: Annotated[tuple[PeerId, ...], Field(max_length=4096)] = ()
+    """Who will fetch it although no plan names them yet."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,10 +48,13 @@ async def start_directory(
     """Who is here. Raises: BusyError if the port is taken, UserError if nobody can be joined."""
     join = config.join or last.join
 
-    def open_directory(port: int) -> AbstractAsyncContextManager[Directory]:
+    def open_directory(
+        port: int, neighbours: Sequence[str]
+    ) -> AbstractAsyncContextManager[Directory]:
         announce = _announced(config, config.directory_port)
+        through = list(dict.fromkeys((*join, *neighbours)))
         return Directory.start(
-            identity, config.home, config.listen_host, port, join, announce=announce
+            identity, config.home, config.listen_host, port, through, announce=announce
         )
 
     async with contextlib.AsyncExitStack() as stack:

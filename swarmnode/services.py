@@ -137,6 +137,7 @@ class Services:
             blobs,
             self.worker.papers,
             self.coordinator.take_over,
+            self.coordinator.forget_replaced,
             group,
             self._log,
         )

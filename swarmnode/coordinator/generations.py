@@ -1,7 +1,7 @@
 """From one generation of a job to the next: who is here, who is lost, who does what from now on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal
 
 from swarmnode.coordinator import events as on
@@ -147,6 +147,11 @@ class Generations(JobState):
         assert self.plan is not None
         self.replanning.chosen = decision
         return self._prepare(decision, self.plan, now_s)
+
+    @property
+    def newcomers(self) -> Set[PeerId]:
+        """Peers that fetch what they need for a plan to come."""
+        return self._preparing.newcomers.keys() if self._preparing is not None else frozenset()
 
     def _prepare(self, decision: Decision, plan: Plan, now_s: float) -> list[Effect]:
         if self.is_trained:

@@ -56,11 +56,17 @@ class Preparing:
         if self._step is not None:
             return []
         self._step = step
-        stages = sorted({stage for found in self.newcomers.values() for stage in found})
         generation = self._plan.generation
+        readers: dict[int, list[PeerId]] = {}
+        for peer, stages in sorted(self.newcomers.items()):
+            for stage in stages:
+                readers.setdefault(stage, []).append(peer)
         return [
-            Send(self._plan.slots[stage][0], Save(self._job, generation, step, stage))
-            for stage in stages
+            Send(
+                self._plan.slots[stage][0],
+                Save(self._job, generation, step, stage, tuple(peers)),
+            )
+            for stage, peers in sorted(readers.items())
         ]
 
     def saved(self, peer: PeerId, saved: Saved) -> list[Effect]:

@@ -1,7 +1,6 @@
 """The coordinator side of a node: takes jobs, runs them, brings them back after a restart."""
 
 import asyncio
-import contextlib
 import json
 import tempfile
 import time
@@ -13,8 +12,9 @@ from typing import Any
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.checkpoints import CheckpointDesk
 from swarmnode.coordinator.head import Head
-from swarmnode.coordinator.journal import NUM_KEPT_CHECKPOINTS, Journal, read_journal
+from swarmnode.coordinator.journal import Journal, read_journal
 from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.retention import chunks_of, forget_replaced
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import GridRequest, Swarm
@@ -76,7 +76,7 @@ class CoordinatorService:
     ) -> None:
         self._identity = identity
         self._directory = directory
-        self._tools = replace(tools, on_checkpoint=self._collect)
+        self._tools = replace(tools, on_checkpoint=self.forget_replaced)
         self._group = group
         self._facts_of = facts_of
         self._jobs: dict[JobId, RunningJob] = {}
@@ -104,10 +104,12 @@ class CoordinatorService:
         raise NotFoundError(f"no job {name!r:.80} here; known: {known or 'none'}")
 
     def names(self, peer: PeerId, job: JobId) -> bool:
-        """Whether a job of ours has `peer` among its workers."""
+        """Whether a job of ours has `peer` among its workers, or will have."""
         running = self._jobs.get(job)
-        plan = running.ledger.plan if running else None
-        return plan is not None and plan.names(peer)
+        if running is None:
+            return False
+        plan = running.ledger.plan
+        return (plan is not None and plan.names(peer)) or peer in running.ledger.newcomers
 
     # ---- taking jobs -----------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class CoordinatorService:
         for record in records:
             if isinstance(record, on.CheckpointRecord):
                 try:
-                    whole = all(store.has(ref) for ref in self._chunks_of(record))
+                    whole = all(store.has(ref) for ref in chunks_of(store, [record]))
                 except SwarmError:
                     whole = False
                 if not whole:
@@ -267,35 +269,21 @@ class CoordinatorService:
         if not job.ledger.is_over:
             await job.runner.tell(on.StopAsked("stopped by its owner"))
 
-    def _collect(self) -> None:
+    def forget_replaced(self) -> None:
         """Delete the chunks of checkpoints that newer ones replaced; each job keeps the last two.
 
-        Two, because a worker may be fetching the older one while the newer is written.
+        Two, because a worker may be fetching the older one while the newer is written. Jobs may
+        share chunks, so those that are coordinated here and those of others are looked at together.
         """
         self.checkpoints.forget_replaced()
-        kept: set[BlobRef] = set()
-        replaced: list[on.CheckpointRecord] = []
+        store, kept = self._tools.store, set[BlobRef]()
         for job in self.jobs:
-            records = job.runner.checkpoints
             origin = job.manifest.model.weights
             if origin is not None:  # another job's checkpoint, perhaps, served from a folder
-                kept |= self._chunks_of(on.CheckpointRecord(0, (origin,)))
-            replaced += records[:-NUM_KEPT_CHECKPOINTS]
-            for record in records[-NUM_KEPT_CHECKPOINTS:]:
-                kept |= self._chunks_of(record)
-        for record in replaced:
-            for ref in self._chunks_of(record) - kept:
-                self._tools.store.remove(ref)
+                kept |= chunks_of(store, [on.CheckpointRecord(0, (origin,))])
+        own = [job.runner.checkpoints for job in self.jobs]
+        forget_replaced(store, [*own, *self.standby.checkpoints()], kept)
         self.checkpoints.update_soon()
-
-    def _chunks_of(self, record: on.CheckpointRecord) -> set[BlobRef]:
-        """Every blob of a checkpoint that is still here, its indexes included."""
-        store, found = self._tools.store, set(record.indexes)
-        for ref in record.indexes:
-            if store.has(ref):
-                with contextlib.suppress(SwarmError):  # damaged: nobody can use its chunks
-                    found |= set(TensorIndex.from_json(store.read(ref)).chunks())
-        return found
 
     # ---- giving weights back ---------------------------------------------------------------
 

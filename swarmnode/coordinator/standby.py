@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from swarmnode.coordinator.events import Record, StartedRecord
+from swarmnode.coordinator.events import CheckpointRecord, Record, StartedRecord
 from swarmnode.coordinator.journal import count_lines, parse_line, read_journal
 from swarmnode.domain import JobId
 
@@ -57,6 +57,11 @@ class StandbyJournals:
             again.replace(path)
             self._counts[path] = self._counts.pop(again)
         return records
+
+    def checkpoints(self) -> list[list[CheckpointRecord]]:
+        """Of each job the checkpoints that its journal tells of, the oldest first."""
+        journals = [read_journal(path)[0] for path in self._directory.glob(f"*/{JOURNAL_FILE}")]
+        return [[r for r in records if isinstance(r, CheckpointRecord)] for records in journals]
 
     def drop(self, job: JobId) -> None:
         """The job is over, or somebody else's."""

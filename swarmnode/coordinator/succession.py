@@ -36,6 +36,7 @@ class Succession:
         blobs: BlobClient,
         papers: Callable[[JobId], Papers | None],
         take_over: Callable[[Papers], None],
+        forget_replaced: Callable[[], None],
         group: asyncio.TaskGroup,
         log: Callable[..., None],
     ) -> None:
@@ -45,6 +46,7 @@ class Succession:
         self._blobs = blobs
         self._papers = papers
         self._take_over = take_over
+        self._forget_replaced = forget_replaced
         self._group = group
         self._log = log
         self._waiting: dict[JobId, asyncio.Task[None]] = {}
@@ -123,7 +125,7 @@ class Succession:
             self._log("not ready to take over", job=manifest.job, reason=str(error))
 
     async def _keep(self, papers: Papers, record: CheckpointRecord) -> None:
-        """Have the newest checkpoint too."""
+        """Have the newest checkpoint too; of the others as many stay as the coordinator keeps."""
         try:
             await self._fetch(papers, list(record.indexes))
             for ref in record.indexes:
@@ -131,6 +133,8 @@ class Succession:
                 await self._fetch(papers, list(index.chunks()))
         except (SwarmError, OSError) as error:
             self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
+        else:
+            await asyncio.to_thread(self._forget_replaced)
 
     async def _fetch(self, papers: Papers, refs: list[BlobRef]) -> None:
         plan = papers.plan

@@ -54,6 +54,8 @@ class JobHost:
         self.keeper = StateKeeper(
             self._directory, tools.store, starts_itself=manifest.model.weights is None
         )
+        self._readers: frozenset[PeerId] = frozenset()
+        """Who may fetch states for a plan to come."""
         self._prepared_plan: Plan | None = None
         """One that is not adopted yet, for which states were fetched."""
         self._lock = asyncio.Lock()
@@ -95,6 +97,10 @@ class JobHost:
         if plan is None or self.tenancy.is_released:
             return None
         return Papers(self.manifest, self._canonical, self._signature, plan, lease)
+
+    def names(self, peer: PeerId) -> bool:
+        """Whether `peer` has business with this job, or will have."""
+        return self.tenancy.names(peer) or peer in self._readers
 
     @property
     def is_served(self) -> bool:
@@ -327,7 +333,8 @@ class JobHost:
                 await self._work.send(message)
             case Commit():
                 await self._work.commit(message)
-            case Save(generation=fence, step=step, stage=stage):
+            case Save(generation=fence, step=step, stage=stage, readers=readers):
+                self._readers |= set(readers)
                 if self._group is not None:
                     await self._work.save(fence, step, stage, self._group)
             case Entry(number=number, lines=lines):
@@ -357,6 +364,7 @@ class JobHost:
 
     def _start_assigning(self, assign: Assign) -> None:
         assert self._group is not None
+        self._readers = frozenset()
         self._tools.on_adopted(self.job, assign.plan)
         self._work.carry_out(assign, self._group)
 

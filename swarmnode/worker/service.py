@@ -56,7 +56,7 @@ class WorkerService:
     def names(self, peer: PeerId, job: JobId) -> bool:
         """Whether `peer` may have blobs of a job that this node holds state of."""
         host = self._hosts.get(job)
-        return host is not None and host.tenancy.names(peer)
+        return host is not None and host.names(peer)
 
     def papers(self, job: JobId) -> Papers | None:
         """What we have in hand of a job, also of one that an earlier life worked for."""

@@ -6,7 +6,7 @@ from swarmnode.coordinator import events as on
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import Improvement
 from swarmnode.domain import Generation, PeerId
-from swarmnode.messages import Assign, Commit, Leaving, Prepare
+from swarmnode.messages import Assign, Commit, Leaving, Prepare, Save
 from tests.coordinator.bench import Bench, Worker, advert, histories, manifest
 
 STEPS = 12
@@ -79,6 +79,23 @@ def test_the_job_goes_on_while_a_newcomer_fetches_its_state() -> None:
     assigned = sent.index((PeerId("e"), Assign))
     committed = [peer for peer, kind in sent[prepared:assigned] if kind is Commit]
     assert committed, "steps are committed between the two"
+    saves = [s.message for s in bench.sent[:prepared] if isinstance(s.message, Save)]
+    assert (PeerId("e"),) in {save.readers for save in saves}, "no plan names it yet"
+
+
+def test_a_newcomer_may_ask_the_coordinator_only_while_it_prepares() -> None:
+    bench = Bench(manifest(steps=STEPS), "abc").start()
+    while bench.ledger.step < 1:
+        bench.next()
+    bench.revive("e")
+    bench.tick(10.0)
+    assert not bench.ledger.newcomers
+    while not any(isinstance(s.message, Prepare) for s in bench.sent):
+        bench.next()
+    assert bench.ledger.newcomers == {PeerId("e")}
+    bench.run()
+    assert PeerId("e") in bench.ledger.plan.workers()
+    assert not bench.ledger.newcomers
 
 
 def test_a_newcomer_that_dies_while_it_prepares_changes_nothing() -> None:

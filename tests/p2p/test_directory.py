@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from advert_makers import identity, record
 from swarmnode.children import spawn_child
 from swarmnode.errors import BusyError, ChildError, PeerLostError, UserError
 from swarmnode.p2p.directory import Directory
+from swarmnode.p2p.directory.keeper import KeptDirectory
 from swarmnode.p2p.membership import Joined, Membership, Records
 
 pytestmark = [
@@ -31,7 +32,9 @@ def start(number: int, home: Path, **more: Any) -> Any:
     return Directory.start(identity(number), home / str(number), "127.0.0.1", **more)
 
 
-async def until(directory: Directory, is_so: Callable[[dict[str, bytes]], bool]) -> None:
+async def until(
+    directory: Directory | KeptDirectory, is_so: Callable[[dict[str, bytes]], bool]
+) -> None:
     """Ask for the records again and again until they are as wanted; fails after 20 s."""
     async with asyncio.timeout(20):
         while not is_so(await directory.records()):  # noqa: ASYNC110 - other processes decide
@@ -101,6 +104,48 @@ async def test_a_lonely_node_finds_its_restarted_bootstrap_peer(tmp_path: Path) 
             await until(again, lambda found: set(found) == {identity(1).peer, identity(2).peer})
     finally:
         await joining.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("who_dies", ["nobody", "the bootstrap peer", "everybody else"])
+async def test_a_kept_directory_comes_back_through_whoever_is_left(
+    tmp_path: Path, who_dies: str
+) -> None:
+    """It joined through the first node only, or through nobody where it is the first itself."""
+    others = AsyncExitStack()
+    first = await others.enter_async_context(start(1, tmp_path))
+    join = () if who_dies == "everybody else" else first.addresses
+
+    def open_directory(port: int, neighbours: Sequence[str]) -> Any:
+        return start(3, tmp_path, port=port, join=[*join, *neighbours])
+
+    async with KeptDirectory.start(open_directory, 0, lambda _what, **_facts: None) as kept:
+        through = kept.addresses if not join else first.addresses
+        async with start(2, tmp_path, join=through) as second:
+            mine = record(identity(2), time.time() + 60)
+            await second.advertise(mine, 60)
+            await until(kept, lambda found: found == {identity(2).peer: mine})
+            if who_dies == "the bootstrap peer":
+                await others.aclose()
+            if who_dies != "everybody else":
+                pid = await killed(kept)
+                await until(kept, lambda found: found == {identity(2).peer: mine})
+                assert kept.pid != pid
+        await others.aclose()
+        if who_dies == "everybody else":
+            await killed(kept)
+            ours = record(identity(3), time.time() + 60)
+            await kept.advertise(ours, 60)
+            assert await kept.records() == {identity(3).peer: ours}
+
+
+async def killed(kept: KeptDirectory) -> int:
+    """Kill the child; returns its process id once there is another one."""
+    pid = kept.pid
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while kept.pid == pid:  # noqa: ASYNC110 - other processes decide
+            await asyncio.sleep(0.02)
+    return pid
 
 
 async def test_an_advert_that_is_not_renewed_goes_away(tmp_path: Path) -> None:

@@ -329,8 +329,10 @@ async def test_a_daemon_that_was_restarted_goes_on_from_its_disk(
         await second.assign(SUBMITTER, 2, StateSource("keep"))
         assert not (folder / "stage-0" / "2.index").exists(), "it was not committed"
         await second.commit(await second.prepare(2), snapshot=True)
-        await second.tell(Save(job.job, Generation(2), 3, 0))
+        assert not n.service.names(THIRD.peer, job.job)
+        await second.tell(Save(job.job, Generation(2), 3, 0, readers=(THIRD.peer,)))
         saved = await second.receive(Saved)
+        assert n.service.names(THIRD.peer, job.job), "it may fetch before a plan names it"
         assert saved.step == 3
         assert len(TensorIndex.from_json(n.store.read(saved.index)).tensors) > 10
         assert state_path(folder, 0, 3, "snapshot").exists()

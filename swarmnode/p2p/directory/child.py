@@ -74,7 +74,11 @@ async def _answer(node: Node, request: dict[str, Any]) -> dict[str, Any]:
             await node.store(record, ttl_s)
             return {}
         case {"do": "records"}:
-            return {"records": await node.records(), "refused": dict(node.refused)}
+            return {
+                "records": await node.records(),
+                "refused": dict(node.refused),
+                "neighbours": await node.neighbours(),
+            }
     raise SwarmError(f"unknown request: {sorted(request)}")
 
 

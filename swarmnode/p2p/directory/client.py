@@ -40,6 +40,8 @@ class Directory:
         self._refused: dict[str, int] = {}
         self.addresses = tuple(addresses)
         """Multiaddrs of our DHT node, those that other hosts can use first; others join by them."""
+        self.neighbours: tuple[str, ...] = ()
+        """Multiaddrs of other DHT nodes, as of the last `records`."""
 
     @classmethod
     @asynccontextmanager
@@ -115,6 +117,7 @@ class Directory:
         """
         answer = await self._ask(self._timeout_s, do="records")
         self._refused = answer["refused"]
+        self.neighbours = tuple(answer["neighbours"])
         records: dict[str, bytes] = answer["records"]
         return records
 

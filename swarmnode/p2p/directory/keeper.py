@@ -1,15 +1,15 @@
 """A directory that is started again when its child, or the Go daemon below it, has ended."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
-from swarmnode.errors import ChildError, SwarmError
+from swarmnode.errors import ChildError, PeerLostError, SwarmError
 from swarmnode.p2p.directory.client import Directory
 
 MAX_PAUSE_S = 60.0
-OpenDirectory = Callable[[int], AbstractAsyncContextManager[Directory]]
-"""Starts a directory on a port; 0 is any free one."""
+OpenDirectory = Callable[[int, Sequence[str]], AbstractAsyncContextManager[Directory]]
+"""Starts a directory on a port, 0 is any free one; also joins through these addresses."""
 
 
 class KeptDirectory:
@@ -20,6 +20,8 @@ class KeptDirectory:
         self._log = log
         self._stack = AsyncExitStack()
         self._directory: Directory
+        self._neighbours: tuple[str, ...] = ()
+        """Who was there: a later life joins through them, as the bootstrap peers may be gone."""
 
     @classmethod
     @asynccontextmanager
@@ -61,12 +63,23 @@ class KeptDirectory:
 
     async def records(self) -> dict[str, bytes]:
         """See `Directory.records`; ChildError while there is no child."""
-        return await self._directory.records()
+        found = await self._directory.records()
+        self._neighbours = self._directory.neighbours or self._neighbours
+        return found
 
-    async def _open(self, port: int) -> None:
+    async def _open(self, port: int, neighbours: Sequence[str] = ()) -> None:
         stack = AsyncExitStack()
-        self._directory = await stack.enter_async_context(self._open_directory(port))
+        opened = self._open_directory(port, neighbours)
+        self._directory = await stack.enter_async_context(opened)
         self._stack = stack
+
+    async def _open_again(self, port: int) -> None:
+        try:
+            await self._open(port, self._neighbours)
+        except PeerLostError:
+            if not self._neighbours:
+                raise
+            await self._open(port)  # a first node goes on alone
 
     async def _keep(self) -> None:
         while True:
@@ -79,7 +92,7 @@ class KeptDirectory:
             pause_s = 0.5
             while True:
                 try:
-                    await self._open(port)
+                    await self._open_again(port)
                     break
                 except SwarmError as error:
                     self._log("directory does not start", reason=str(error), again_in_s=pause_s)

@@ -47,6 +47,7 @@ _KEY = "swarmnode.adverts.1"
 _MAX_SUBKEY_BYTES = 80
 _NUM_REPLICAS = 8
 _REJOIN_TIMEOUT_S = 3.0
+_MAX_NEIGHBOURS = 16
 
 
 class LeashedP2P(P2P):  # type: ignore[misc]
@@ -134,6 +135,12 @@ class Node:
         if found is None:
             return {}
         return {subkey: item.value for subkey, item in found.value.items()}
+
+    async def neighbours(self) -> list[str]:
+        """Addresses of peers that we are connected to: some may outlive the bootstrap peers."""
+        found = await self._dht.p2p.list_peers()
+        addresses = (f"{address}/p2p/{info.peer_id}" for info in found for address in info.addrs)
+        return [address for address in addresses if "p2p-circuit" not in address][:_MAX_NEIGHBOURS]
 
     async def _rejoin(self) -> None:
         """Knock at the bootstrap peers again: after an outage hivemind has forgotten everybody."""
