@@ -217,6 +217,7 @@ class SimChildHost:
                 self._daemon.send_frame(message, payload)
             case Ready():
                 try:
+                    self._keeper.keep_ready(message)
                     self._keeper.said(message)
                 except DataError as error:
                     self._post(Failed(self._manifest.job, message.generation, str(error)[:300]))

@@ -64,10 +64,7 @@ class SimKeeper(StateKeeper):
                     read_state(path.read_bytes())
                 except DataError:
                     path.unlink()
-            log = self.log(stage)
-            self._logs[stage] = log.inventory()
-            for step in self._logs[stage]:
-                self._store.add_ranges(log.ranges(step))
+            self._load_log(stage)
 
     def log(self, stage: int) -> UpdateLog:
         return sim_log(self._disk, str(stage_directory(self.directory, stage)))

@@ -220,6 +220,7 @@ class ChildHost:
                 await self._tools.switch.send(message, payload)
             case Ready(generation=generation):
                 try:
+                    await asyncio.to_thread(self._keeper.keep_ready, message)
                     self._keeper.said(message)
                 except SwarmError as error:
                     self._post(Failed(self._job, generation, str(error)[:1000]))

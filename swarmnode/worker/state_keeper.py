@@ -4,6 +4,7 @@ Files only change through here and through the child, which writes snapshots and
 that read or write them block; call them in a thread.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from swarmnode.domain import BlobRef, PeerId, Plan
 from swarmnode.engine_messages import Base, Replay
-from swarmnode.errors import DataError, SwarmError
+from swarmnode.errors import DataError, ProtocolError, SwarmError
 from swarmnode.home import write_durably
 from swarmnode.messages import (
     Held,
@@ -20,6 +21,7 @@ from swarmnode.messages import (
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.states import index_tensors
 from swarmnode.tensorfiles import check_data, read_header
+from swarmnode.wire import pack, unpack
 from swarmnode.worker import handoff
 from swarmnode.worker.files import FileKind, read_state_name, stage_directory
 from swarmnode.worker.handoff import Handoff, Holding
@@ -58,10 +60,18 @@ class StateKeeper:
                     check_data(path)
                 except DataError:
                     path.unlink(missing_ok=True)
-            log = self.log(stage)
-            self._logs[stage] = log.inventory()
-            for step in self._logs[stage]:
-                self._store.add_ranges(log.ranges(step))
+            self._load_log(stage)
+
+    def _load_log(self, stage: int) -> None:
+        log = self.log(stage)
+        self._logs[stage] = log.inventory()
+        for step in self._logs[stage]:
+            self._store.add_ranges(log.ranges(step))
+        for said in log.readies():
+            with contextlib.suppress(ProtocolError):  # of an earlier version
+                ready, _ = unpack(said)
+                if isinstance(ready, Ready):
+                    self._readies[stage, ready.source.slot] = ready
 
     def log(self, stage: int) -> UpdateLog:
         return UpdateLog(stage_directory(self.directory, stage))
@@ -102,6 +112,13 @@ class StateKeeper:
 
     # ---- what happens ----------------------------------------------------------------------
 
+    def keep_ready(self, ready: Ready) -> None:
+        """Have on the disk what a slot is about to say: it may be all that is left of a commit.
+
+        Raises: DataError if the disk is full or broken.
+        """
+        self.log(ready.source.stage).write_ready(ready.source.slot, pack(ready))
+
     def said(self, ready: Ready) -> None:
         """An update is in the log: from now on anybody of the job may fetch it.
 
@@ -137,6 +154,7 @@ class StateKeeper:
                 if at in taken.stale_snapshots and not (at == kept and kind == "fetched"):
                     self._delete(path)
             self._delete_log(stage, taken.stale_log)
+            self.log(stage).forget_readies()
 
     def expect(self, stages: Iterable[int]) -> frozenset[int]:
         """States of these stages are fetched for a plan to come: `tidy` leaves them alone."""

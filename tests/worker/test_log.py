@@ -143,6 +143,22 @@ def test_what_lies_before_a_gap_is_removed_with_what_was_half_written(tmp_path: 
     assert names(tmp_path) == {"4.update", "4.index", "5.update", "5.index", "3.safetensors"}
 
 
+def test_what_slots_said_last_outlives_the_process_unless_it_is_damaged(tmp_path: Path) -> None:
+    log = filled(tmp_path, 1)
+    for slot, said in ((0, b"first"), (1, b"other"), (0, b"last")):
+        log.write_ready(slot, said)
+    assert UpdateLog(tmp_path).readies() == [b"last", b"other"]
+    path = tmp_path / "0.ready"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert log.readies() == [b"other"]
+    assert list(log.inventory()) == [1], "the log itself does not mind"
+    log.forget_readies()
+    assert log.readies() == []
+    (tmp_path / "0.ready.partial").mkdir()  # as an error of the disk
+    with pytest.raises(DataError, match="free some space"):
+        log.write_ready(0, b"lost")
+
+
 def test_a_full_disk_leaves_no_entry(tmp_path: Path) -> None:
     log = filled(tmp_path, 1)
     (tmp_path / "2.update.partial").mkdir()  # as an error of the disk

@@ -317,13 +317,14 @@ async def test_a_daemon_that_was_restarted_goes_on_from_its_disk(
         await first.assign(SUBMITTER, 0, StateSource("init"))
         await first.commit(await first.prepare(0))
         await first.commit(await first.prepare(1))
-        await first.prepare(2)  # said, but never committed
+        said = await first.prepare(2)  # but nobody here knows of a commit
 
     folder = blobs / "jobs" / job.job
     async with lone_node(blobs) as n:  # no snapshot yet: its own start and the log
         stream = await ask(n, SUBMITTER, inquire(2, 1, job), job)
         found = await answered(stream)
         assert found.held == (Held(0, 0, 4, 0, 0, 3),)
+        assert found.ready == (said,), "it may have been committed elsewhere"
         assert n.service.hosts()[0].child_pid is None, "asking starts nothing"
         second = Coordinator(stream, job, 2, first.commits)
         await second.assign(SUBMITTER, 2, StateSource("keep"))

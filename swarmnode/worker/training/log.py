@@ -1,10 +1,12 @@
 """The update log of one stage: what every committed step has done, on the disk of its holder.
 
 Files: `<step>.update`, the bytes as they were broadcast, and `<step>.index`, their UpdateIndex.
-The index is named last, so an index with a fitting update beside it is a whole entry.
+The index is named last, so an index with a fitting update beside it is a whole entry. Also there:
+`<slot>.ready`, the last thing that a slot said of an update, behind its CRC-32.
 """
 
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from swarmnode.wire import MAX_BLOB_BYTES
 Payload = bytes | bytearray | memoryview
 _READ_BYTES = 1 << 20
 _SUFFIXES = (".update", ".index")
+_READY = ".ready"
 
 
 class UpdateLog:
@@ -79,7 +82,7 @@ class UpdateLog:
         kept = newest_run(whole)
         self.delete(step for step in self._steps() if step not in kept)
         for path in self.directory.glob("*.partial"):
-            if path.name.removesuffix(".partial").endswith(_SUFFIXES):
+            if path.name.removesuffix(".partial").endswith((*_SUFFIXES, _READY)):
                 path.unlink(missing_ok=True)
         return {step: whole[step] for step in kept}
 
@@ -98,6 +101,30 @@ class UpdateLog:
             found.append(Range(chunk, self.update_path(step), offset))
             offset += chunk.num_bytes
         return found
+
+    def write_ready(self, slot: int, said: bytes) -> None:
+        """Store what a slot says, in place of what it said before. Raises: DataError."""
+        path = self.directory / f"{slot}{_READY}"
+        try:
+            self._put(path, [b"%08x" % zlib.crc32(said), said])
+            if self._durable:
+                sync_directory(self.directory)
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}; free some space") from error
+
+    def readies(self) -> list[bytes]:
+        """What the slots said last; what is damaged is left out. Raises: OSError."""
+        found = []
+        for path in sorted(self.directory.glob(f"*{_READY}")):
+            data = path.read_bytes()
+            if data[:8] == b"%08x" % zlib.crc32(data[8:]):
+                found.append(data[8:])
+        return found
+
+    def forget_readies(self) -> None:
+        """What was said is no longer of use."""
+        for path in list(self.directory.glob(f"*{_READY}")):
+            path.unlink(missing_ok=True)
 
     def update_path(self, step: int) -> Path:
         return self.directory / f"{step}.update"
