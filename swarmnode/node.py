@@ -1,6 +1,7 @@
 """One node as its HTTP API sees it: the verbs of `http.api.NodeApi` over the node's services."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -30,6 +31,8 @@ from swarmnode.session_messages import (
 from swarmnode.worker.service import WorkerService
 
 ExportModel = Callable[[Mapping[str, Any], Path, Path, Path], Awaitable[None]]
+MOVE_S = 30.0
+"""Whoever asks a model of a job that is just placed anew waits so long for it."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +215,13 @@ class Node:
         newest = {job.manifest.name: job for job in self.coordinator.jobs if _serves(job)}
         return tuple(ServedModel(job) for job in newest.values())
 
-    def model(self, name: str) -> ModelView:
+    async def model(self, name: str) -> ModelView:
         running = self.coordinator.find(name)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MOVE_S):
+                seen = 0
+                while running.ledger.phase in ("placing", "waiting"):
+                    seen = await running.runner.changed(seen)
         if not _serves(running):
             raise NotFoundError(
                 f"job {name} is {running.ledger.phase}, it serves nothing now; see `swarmnode jobs`"

@@ -212,8 +212,8 @@ class NodeApi(Protocol):
 
     def models(self) -> tuple[ModelView, ...]: ...
 
-    def model(self, name: str) -> ModelView:
-        """By name or job id. Raises: NotFoundError."""
+    async def model(self, name: str) -> ModelView:
+        """By name or job id; waits a while for a job that is just moved. Raises: NotFoundError."""
 
     def generate(
         self, model: ModelView, prompt: list[int], max_tokens: int, sampling: Sampling

@@ -32,11 +32,11 @@ def routes(api: NodeApi, token: str | None) -> list[Route]:
         return JSONResponse({"object": "list", "data": [_model(each) for each in api.models()]})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(_model(api.model(request.path_params["model"])))
+        return JSONResponse(_model(await api.model(request.path_params["model"])))
 
     async def completions(request: Request) -> Response:
         asked = read(CompletionRequest, await _json(request))
-        model = api.model(asked.model)
+        model = await api.model(asked.model)
         limit = asked.max_tokens or DEFAULT_COMPLETION_TOKENS
         wants, heads = [], []
         for prompt in asked.prompts:
@@ -53,7 +53,7 @@ def routes(api: NodeApi, token: str | None) -> list[Route]:
 
     async def chat_completions(request: Request) -> Response:
         asked = read(ChatRequest, await _json(request))
-        model = api.model(asked.model)
+        model = await api.model(asked.model)
         messages = [message.plain() for message in asked.messages]
         text = await asyncio.to_thread(chat.render, model.chat_template, messages)
         ids = await _encode(model, text)

@@ -183,7 +183,7 @@ class FakeNode:
     def models(self) -> tuple[ModelView, ...]:
         return (self.model_,)
 
-    def model(self, name: str) -> ModelView:
+    async def model(self, name: str) -> ModelView:
         if name not in (self.model_.name, self.model_.job):
             raise NotFoundError(f"no model {name!r} is served here")
         return self.model_
