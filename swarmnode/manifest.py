@@ -11,8 +11,17 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from swarmnode.codec_specs import stateless_spec
 from swarmnode.domain import BlobRef, JobId, PeerId
 from swarmnode.errors import ManifestError
 
@@ -20,7 +29,17 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 ConfigT = TypeVar("ConfigT")
 ComputeDtype = Literal["float32", "bfloat16"]
 MAX_CONFIG_DEPTH = 32
-CodecName = Literal["none", "bf16", "int8"]
+
+
+def _codec_name(text: str) -> str:
+    """The one name of the codec, so that the same job has the same id."""
+    try:
+        return str(stateless_spec(text))
+    except ManifestError as error:
+        raise ValueError(str(error)) from None
+
+
+CodecName = Annotated[str, AfterValidator(_codec_name)]
 
 
 class Section(BaseModel):
@@ -78,14 +97,14 @@ class BatchConfig(Section):
 
 
 class CodecConfig(Section):
-    """How tensors are coded on the wire."""
+    """How tensors are coded on the wire: names as in docs/compression.md."""
 
     activation: CodecName = "int8"
-    """Hidden states, from stage to stage."""
+    """Codec of hidden states, from stage to stage; compression.md names them."""
     activation_gradient: CodecName = "int8"
-    """Gradients of hidden states, back from stage to stage."""
+    """Codec of their gradients, back from stage to stage."""
     gradient: CodecName = "none"
-    """Parameter gradients, among the slots of a stage."""
+    """Codec of parameter gradients, among the slots of a stage."""
 
 
 NumLayers = Annotated[int, Field(ge=1)]

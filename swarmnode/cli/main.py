@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarmnode import __version__
+from swarmnode.cli.bench import bench_app
 from swarmnode.cli.offline import AsJson, plan, simulate
 from swarmnode.config import NodeConfig, default_home, load_config
 from swarmnode.errors import SwarmError, UserError
@@ -42,6 +43,7 @@ checkpoint_app = typer.Typer(
     help="List, check and export checkpoints.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(bench_app, name="bench")
 Place = Annotated[
     str,
     typer.Argument(metavar="JOB|DIR", help="A job of this node; or a folder, without a node."),

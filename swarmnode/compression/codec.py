@@ -1,74 +1,38 @@
-"""What a codec is, and how its name in a manifest becomes one.
+"""How the name of a codec in a manifest becomes one."""
 
-A codec turns one tensor into bytes for the wire and back. It is stateless, deterministic (the
-same tensor gives the same bytes, on every device) and safe to share between threads.
-"""
+from dataclasses import replace
+from functools import lru_cache
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Protocol
+from swarmnode.codec_specs import CodecSpec, IntCode, stateless_spec
+from swarmnode.compression.blocks import IntCodec
+from swarmnode.compression.lowrank import LowRankCodec
+from swarmnode.compression.protocol import Codec
+from swarmnode.compression.quantize import Bfloat16Codec, RawCodec
+from swarmnode.compression.sparsify import StrideCodec, TopCodec
+from swarmnode.compression.tensors import Payload
 
-import torch
-from torch import Tensor
-
-from swarmnode.compression.quantize import Bfloat16Codec, Int8Codec, RawCodec
-from swarmnode.errors import ManifestError
-
-Payload = bytes | bytearray | memoryview
+__all__ = ["Codec", "Payload", "codec_of", "get_codec"]
 
 
-class Codec(Protocol):
-    """Encodes and decodes one tensor; states its exact wire bytes and its error bound.
-
-    `dtype` is float32 or bfloat16 everywhere: the dtype of the tensor, and of the decoded one.
-    """
-
-    @property
-    def spec(self) -> str:
-        """The name that `get_codec` knows it by."""
-
-    def encode(self, tensor: Tensor) -> bytearray:
-        """The bytes of `tensor`, from any device and with any strides.
-
-        Raises: CodecError if the dtype or a value cannot be coded.
-        """
-
-    def decode(
-        self,
-        payload: Payload,
-        shape: Sequence[int],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """A new contiguous tensor of `shape` from bytes that may come from a stranger.
-
-        Raises: CodecError for anything that `encode` cannot have written for this shape (and
-        dtype); the length is checked before anything is allocated.
-        """
-
-    def wire_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
-        """The exact length of what `encode` returns for such a tensor."""
-
-    def error_bound(self, absmax: float, dtype: torch.dtype = torch.float32) -> float:
-        """Most that one decoded value can differ from the tensor's, in absolute terms.
-
-        `absmax` is the largest magnitude among the values that share a scale with it (a block,
-        at most the tensor); it is finite. `dtype` is the dtype decoded to.
-        """
-
-
-CODECS: Mapping[str, Callable[[], Codec]] = MappingProxyType(
-    {"none": RawCodec, "bf16": Bfloat16Codec, "int8": Int8Codec}
-)
-"""Every codec by its name."""
-
-
+@lru_cache(maxsize=256)
 def get_codec(spec: str) -> Codec:
     """The codec that `spec` names.
 
-    Raises: ManifestError that lists what there is, if there is no such codec.
+    Raises: ManifestError that lists what there is, if there is no such codec; or if it keeps a
+    memory, which belongs to whoever encodes (`feedback`).
     """
-    make = CODECS.get(spec)
-    if make is None:
-        raise ManifestError(f"unknown codec {spec!r:.40}; use one of: {', '.join(CODECS)}")
-    return make()
+    return codec_of(stateless_spec(spec))
+
+
+def codec_of(form: CodecSpec) -> Codec:
+    """The codec of a spec, without its memory."""
+    form = form.stateless
+    if form.rank:
+        return LowRankCodec(form)
+    if form.period > 1:
+        return StrideCodec(form, codec_of(replace(form, period=1)))
+    if form.top is not None:
+        return TopCodec(form, codec_of(replace(form, top=None)))
+    if isinstance(form.code, IntCode):
+        return IntCodec(form)
+    return RawCodec(form) if form.code == "none" else Bfloat16Codec(form)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from swarmnode.coordinator.cost.needs import WIRE_SHARE
+from swarmnode.codec_specs import wire_share
 from swarmnode.coordinator.events import CheckpointRecord
 from swarmnode.domain import PeerId
 from swarmnode.manifest import Manifest
@@ -69,7 +69,7 @@ def origin(checkpoint: CheckpointRecord | None, manifest: Manifest, me: PeerId) 
 
 def snapshot_every(manifest: Manifest) -> int:
     """Steps between snapshots, by how large an update is beside the state."""
-    update_bytes = 4.0 * WIRE_SHARE[manifest.codecs.gradient]
+    update_bytes = 4.0 * wire_share(manifest.codecs.gradient)
     return max(4, min(64, round(LOG_SHARE * STATE_BYTES_PER_WEIGHT / update_bytes)))
 
 

@@ -131,7 +131,7 @@ def test_nothing_but_reduced_gradients_is_addressed_to_a_shadow(kind: Any, tmp_p
     assert swarm.engines[PeerId("d")].dropped == {"slot": 1}
 
 
-@pytest.mark.parametrize("codec", ["none", "int8"])
+@pytest.mark.parametrize("codec", ["none", "int8", "stride0.5/int4"])
 @pytest.mark.parametrize("config", [LLAMA, TIED], ids=["untied", "tied"])
 def test_a_snapshot_and_replayed_updates_are_the_live_state_bit_for_bit(
     config: Mapping[str, Any], codec: str, tmp_path: Path

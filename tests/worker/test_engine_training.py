@@ -6,6 +6,7 @@ import pytest
 import torch
 from engine_swarm import LLAMA, PLACEMENTS, TIED, Swarm, make_manifest, plain_run
 
+from swarmnode.domain import PeerId
 from swarmnode.manifest import CodecConfig
 from swarmnode.worker.training import groups
 
@@ -36,8 +37,20 @@ def test_every_placement_equals_a_plain_loop_and_each_other_bit_for_bit(
     assert steps[-1].loss < steps[0].loss - 0.3
 
 
-def test_three_stages_with_codecs_are_bit_equal_on_every_placement(tmp_path: Path) -> None:
-    codecs = CodecConfig(activation="int8", activation_gradient="int8", gradient="int8")
+@pytest.mark.parametrize(
+    ("activation", "activation_gradient", "gradient"),
+    [
+        ("int8", "int8", "int8"),
+        ("int4/32+hadamard", "int8", "topk64of1024/int4"),
+        ("int2/32", "powersgd/r4", "cocktail/p0.5/k0.2/int4"),
+    ],
+)
+def test_three_stages_with_codecs_are_bit_equal_on_every_placement(
+    tmp_path: Path, activation: str, activation_gradient: str, gradient: str
+) -> None:
+    codecs = CodecConfig(
+        activation=activation, activation_gradient=activation_gradient, gradient=gradient
+    )
     manifest = make_manifest(tmp_path, TIED, codecs=codecs, stages=3, slots=2)
     layers = ((0, 1), (1, 3), (3, 4))
     results = []
@@ -82,6 +95,23 @@ def test_int8_runs_converge_like_uncoded_ones(tmp_path: Path) -> None:
         final[codec] = sum(losses[-5:]) / 5
     assert final["int8"] == pytest.approx(final["none"], abs=0.1)
     assert final["int8"] != final["none"], "the codec must have been in use"
+
+
+def test_a_stride_moves_on_with_every_step(tmp_path: Path) -> None:
+    """Half of the weights may move in a step, the other half in the next."""
+    codecs = CodecConfig(activation="none", activation_gradient="none", gradient="stride0.5/none")
+    swarm = Swarm(make_manifest(tmp_path, codecs=codecs), PLACEMENTS["three"], tmp_path)
+    swarm.configure()
+    moved = []
+    for step in range(2):
+        swarm.step(step)
+        setup = swarm.engines[PeerId("a")]._setup
+        assert setup is not None
+        moved.append(torch.cat([gradient.flat for gradient in setup.reduced.values()]) != 0)
+    assert not bool((moved[0] & moved[1]).any())
+    shares = [float(each.float().mean()) for each in (*moved, moved[0] | moved[1])]
+    assert 0.4 < min(shares[:2]) <= max(shares[:2]) <= 0.51
+    assert shares[2] > 0.9
 
 
 def test_large_gradients_travel_in_more_shards_with_the_same_result(

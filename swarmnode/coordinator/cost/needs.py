@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from swarmnode.codec_specs import wire_share
 from swarmnode.coordinator.topology import Matrix
 from swarmnode.domain import Advert, ModelFacts, PeerId
 from swarmnode.manifest import JobBase, PlacedJob
@@ -24,8 +25,6 @@ TOUCHED_BYTES_PER_WEIGHT = 24
 """Memory traffic of one microbatch: the weight read twice, its gradient written, then added."""
 COMPUTE_EFFICIENCY = 0.4
 """Share of the measured matrix FLOP/s that a small transformer reaches."""
-WIRE_SHARE = {"none": 1.0, "bf16": 0.5, "int8": 0.25 + 2 / 128 / 4}
-"""Coded bytes over float32 bytes; int8 has a scale of 2 bytes for each 128 values."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,7 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
     trains = job.num_steps > 0
     head = facts.last_weights + (facts.first_weights if facts.tied else 0)
     attention = 12.0 * job.batch.sequence_length * facts.hidden_size
+    boundary = (job.batch.rows, job.batch.sequence_length, facts.hidden_size)
     return Workload(
         num_layers=facts.num_layers,
         layer_flops=(6.0 * facts.layer_weights + attention) * tokens,
@@ -133,9 +133,9 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
         activation_bytes=4.0 * tokens * facts.hidden_size,
         kept_bytes_per_layer=tokens * facts.hidden_size * ACTIVATION_FACTOR if trains else 0,
         last_kept_bytes=tokens * facts.vocab_size * LOGIT_FACTOR if trains else 0,
-        activation_share=WIRE_SHARE[job.codecs.activation],
-        activation_gradient_share=WIRE_SHARE[job.codecs.activation_gradient],
-        gradient_share=WIRE_SHARE[job.codecs.gradient],
+        activation_share=wire_share(job.codecs.activation, boundary),
+        activation_gradient_share=wire_share(job.codecs.activation_gradient, boundary),
+        gradient_share=wire_share(job.codecs.gradient),
         state_bytes_per_weight=BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT,
         slot_bytes_per_weight=SLOT_BYTES_PER_WEIGHT if trains else 0,
     )

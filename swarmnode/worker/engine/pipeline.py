@@ -158,7 +158,8 @@ class Pipeline:
 
     def _decode(self, role: Boundary, payload: Payload) -> Tensor:
         setup = self._setup
-        return setup.codecs[role].decode(payload, setup.expected.hidden_shape, device=setup.device)
+        codec = setup.codecs[role].at(self._step)
+        return codec.decode(payload, setup.expected.hidden_shape, device=setup.device)
 
     def _send(
         self, kind: Boundary, source: SlotId, target: SlotId, microbatch: int, tensor: Tensor
@@ -168,4 +169,5 @@ class Pipeline:
             kind, self._step, source, target, setup.expected.hidden_shape,
             microbatch=microbatch, evaluate=self._evaluate,
         )  # fmt: skip
-        self._post(frame, setup.codecs[kind].encode(tensor.detach().float()))
+        codec = setup.codecs[kind].at(self._step)
+        self._post(frame, codec.encode(tensor.detach().float()))

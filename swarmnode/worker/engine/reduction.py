@@ -19,7 +19,7 @@ class Reduction:
         self._setup = setup
         self._step = step
         self._post = post
-        self._codec = setup.codecs["gradient"]
+        self._codec = setup.codecs["gradient"].at(step)
         self._groups = setup.expected.groups
         self._sums = {
             (index, part): ShardSum(group, part, self._codec, setup.device)

@@ -34,7 +34,8 @@ def replay(
             continue
         if update.step > state.step:
             raise DataError(f"the update of step {state.step} is missing")
-        _decode(update, groups, codec, {index: flat.flat for index, flat in flats.items()})
+        of_step = codec.at(update.step)
+        _decode(update, groups, of_step, {index: flat.flat for index, flat in flats.items()})
         for flat in flats.values():
             flat.flat.mul_(update.scale)
         state.apply(views, num_steps=num_steps)

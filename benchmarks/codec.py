@@ -1,0 +1,119 @@
+"""How fast codecs are on one core, next to a copy and to the obvious way of writing them.
+
+    python benchmarks/codec.py [SPEC...] [--device cuda] [--threads 1] [--num-runs 9]
+
+The obvious way ("eager"): whole-tensor torch operations, one after the other, for int8/128 and
+int4/32; same grid, same bits a value, even | odd packing. One JSON line for each dtype.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+import torch
+from _environment import environment
+from torch import Tensor
+
+from swarmnode.compression.measure import (
+    DEFAULT_SPECS,
+    DTYPES,
+    NUM_ROWS,
+    ROW_VALUES,
+    Rate,
+    measure,
+    rate,
+)
+
+
+def eager_encode(tensor: Tensor, bits: int, block: int) -> bytes:
+    top = (1 << bits - 1) - 1
+    x_RG = tensor.float().view(-1, block)
+    scale_R1 = x_RG.abs().amax(dim=1, keepdim=True).to(torch.bfloat16)
+    codes_N = (x_RG * (top / scale_R1.float())).round().clamp(-top, top).to(torch.int8).view(-1)
+    if bits == 4:
+        fields_N = (codes_N + 8).to(torch.uint8)
+        codes_N = fields_N[::2] | fields_N[1::2] << 4
+    return bytes(
+        torch.cat([scale_R1.view(-1).view(torch.uint8), codes_N.view(torch.uint8)]).numpy(
+            force=True
+        )
+    )
+
+
+def eager_decode(payload: bytes, like: Tensor, bits: int, block: int) -> Tensor:
+    top = (1 << bits - 1) - 1
+    num_scale_bytes = 2 * like.numel() // block
+    data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(like.device)
+    scale_R1 = data[:num_scale_bytes].view(torch.bfloat16).float().unsqueeze(1)
+    codes = data[num_scale_bytes:]
+    if bits == 4:
+        codes_N = torch.stack([codes & 15, codes >> 4], dim=1).to(torch.int8) - 8
+    else:
+        codes_N = codes.view(torch.int8)
+    return (codes_N.view(-1, block).float() * (scale_R1 / top)).to(like.dtype).view(like.shape)
+
+
+def eager_rates(dtype: str, device: str, num_runs: int) -> dict[str, dict[str, Rate]]:
+    """Rates of the eager way, after a check that it does the work."""
+    tensor = torch.randn((NUM_ROWS, ROW_VALUES), generator=torch.Generator().manual_seed(0))
+    tensor = tensor.to(DTYPES[dtype]).to(device)
+    found = {}
+    for spec, bits, block in (("int8", 8, 128), ("int4/32", 4, 32)):
+        payload = eager_encode(tensor, bits, block)
+        decoded = eager_decode(payload, tensor, bits, block)
+        error = (decoded - tensor).float().square().sum() / tensor.float().square().sum()
+        assert float(error) < 0.02, f"the eager {spec} loses {float(error):.3f}"
+        found[spec] = {
+            "encode": rate(
+                lambda bits=bits, block=block: eager_encode(tensor, bits, block),
+                tensor.numel(), num_runs, device,
+            ),
+            "decode": rate(
+                lambda bits=bits, block=block, payload=payload: eager_decode(
+                    payload, tensor, bits, block
+                ),
+                tensor.numel(), num_runs, device,
+            ),
+        }  # fmt: skip
+    return found
+
+
+def rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("specs", nargs="*", default=list(DEFAULT_SPECS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--num-runs", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for dtype in DTYPES:
+        report = measure(
+            options.specs, device=options.device, dtype=dtype, num_runs=options.num_runs
+        )
+        eager = eager_rates(dtype, options.device, options.num_runs)
+        times_eager = {
+            each.spec: {
+                "encode": each.encode.median / eager[each.spec]["encode"].median,
+                "decode": each.decode.median / eager[each.spec]["decode"].median,
+            }
+            for each in report.codecs
+            if each.spec in eager
+        }
+        slow = {
+            spec: {way: asdict(each) for way, each in ways.items()} for spec, ways in eager.items()
+        }
+        figures = {**asdict(report), "eager": slow, "times_eager": times_eager}
+        line = {"bench": "codec", "seed": 0, **figures, **environment(["torch", "numpy"])}
+        print(json.dumps(rounded(line)))
+
+
+if __name__ == "__main__":
+    main()
