@@ -7,7 +7,7 @@ REPEAT ?= 1
 SEEDS ?= 0..5000
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint format dashboard bench simulate chaos clean
+.PHONY: install demo test lint format dashboard bench simulate chaos stress clean
 
 install: $(STAMP)
 
@@ -50,6 +50,10 @@ chaos: install
 	for number in $$(seq $(REPEAT)); do \
 	  $(BIN)/python -m pytest tests/chaos tests/processes/test_demo_kills.py tests/processes/test_resume.py \
 	    -m long $(ARGS) || exit; done
+
+# Ten minutes of kills, one every two seconds; fails if a step is lost, or memory, files or disk grow.
+stress: install
+	$(BIN)/python benchmarks/stress.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

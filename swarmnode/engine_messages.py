@@ -29,6 +29,11 @@ class Base(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Warm:
+    """The child has imported its libraries: what it is told, it does at once. Its first message."""
+
+
+@dataclass(frozen=True)
 class Configure:
     """Make the child ready for a generation; the payload is the canonical manifest.
 
@@ -89,4 +94,4 @@ class Busy:
     compute_s: float
 
 
-EngineMessage = Configure | Configured | Export | Exported | Busy
+EngineMessage = Warm | Configure | Configured | Export | Exported | Busy

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from swarmnode.children import Child, python_module, spawn_child
 from swarmnode.domain import Generation, PeerId, Plan
-from swarmnode.engine_messages import Busy, Configure, Configured, EngineMessage, Export, Exported
+from swarmnode.engine_messages import (
+    Busy,
+    Configure,
+    Configured,
+    EngineMessage,
+    Export,
+    Exported,
+    Warm,
+)
 from swarmnode.errors import ChildError, ProtocolError, SwarmError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
@@ -70,6 +78,8 @@ class ChildHost:
         self._post = post
         self._group: asyncio.TaskGroup | None = None
         self._child: Child | None = None
+        self._is_warm = asyncio.Event()
+        """Set once there is nothing to wait for: the child computes at once, or it has ended."""
         self._assigning: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._handoffs: dict[int, Handoff] = {}
@@ -81,6 +91,11 @@ class ChildHost:
     @property
     def pid(self) -> int | None:
         return self._child.pid if self._child else None
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether a child is there that could compute at once."""
+        return self._child is not None and self._is_warm.is_set()
 
     # ---- what it is to do ------------------------------------------------------------------
 
@@ -114,6 +129,7 @@ class ChildHost:
             planned = plan_handoffs(assign, tools.me, self._manifest, keeper, stages)
             fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
             await gather(assign, self._manifest, planned, keeper, fetcher, tools.me)
+            await self._is_warm.wait()  # or all others would wait for it when it gets its slots
             self._post(Prepared(self._job, plan.generation, prepare.step))
         except (SwarmError, OSError) as error:  # not needed yet: it will be fetched again
             self._tools.log("not prepared", job=self._job, reason=str(error)[:300])
@@ -178,6 +194,7 @@ class ChildHost:
 
     def _start_child(self) -> None:
         assert self._group is not None
+        self._is_warm.clear()
         self._child = spawn_child(
             python_module("swarmnode.worker.engine"),
             env={"OMP_NUM_THREADS": str(self._tools.num_threads), "TOKENIZERS_PARALLELISM": "0"},
@@ -209,6 +226,7 @@ class ChildHost:
                 await self._from_child(message, payload)
         except ChildError as error:
             self._child = None
+            self._is_warm.set()
             self._keeper.memory.clear()
             generation = self.plan.generation if self.plan else Generation(0)
             self._post(Failed(self._job, generation, str(error)[:1000]))
@@ -240,6 +258,8 @@ class ChildHost:
                 await self._placed(generation, step)
             case Exported():
                 await self._exported(message)
+            case Warm():
+                self._is_warm.set()
             case Busy(compute_s=compute_s):
                 self._compute_s += compute_s
                 self._tools.on_compute(compute_s)

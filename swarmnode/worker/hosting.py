@@ -200,7 +200,7 @@ class JobHost:
             held=() if plan is None else self.keeper.held(plan),
             ready=self.keeper.readies(),
             vote=vote,
-            is_warm=self._work.pid is not None,
+            is_warm=self._work.is_warm,
             in_touch=self._is_in_touch,
             is_new=tenancy.plan is None,
             is_over=tenancy.is_over,

@@ -10,7 +10,7 @@ import queue
 import sys
 import threading
 
-from swarmnode.engine_messages import EngineMessage
+from swarmnode.engine_messages import EngineMessage, Warm
 from swarmnode.errors import FrameTooLargeError, ProtocolError
 from swarmnode.messages import (
     Message,
@@ -37,6 +37,7 @@ def main() -> int:
 
     engine = Engine(send)
     try:
+        send(Warm(), b"")
         busy = False
         while True:
             try:

@@ -1,0 +1,299 @@
+"""How long a swarm stands still when something of it is killed, and when somebody joins it.
+
+    python benchmarks/recovery.py --kills 100 [--json]
+    python benchmarks/recovery.py --part join --joins 5 [--hidden 256] [--json]
+
+Real daemons on this machine's loopback train a small model, 2 stages x 2 slots, without end.
+`kills`: four nodes; in turn SIGKILL goes to
+
+  child      the torch process of a node that hosts a slot
+  node       a whole node that hosts a slot and does not coordinate; started again after recovery
+  directory  the directory process of a node
+  restart    the whole node that coordinates, started again at once
+  takeover   the whole node that coordinates, started again after another one has taken over; where
+             the plan has two voters, so that the other one may not, it counts as a restart
+
+and the time runs from the signal until the coordinator's API shows a step that a later generation
+has committed (`directory`, where none is needed: the longest time without a commit until the
+process is there again). Looked at every 20 ms. Before each kill all four
+nodes see each other again and every stage has two holders. `join`: see _joining.py.
+
+In the end the journals must hold every step once, with the same bits wherever a step was written
+down twice; else the exit status is 1.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _environment import environment
+from _joining import JOIN_SIZE, NUM_BEFORE, joins_table, measure_joins
+from _long_job import (
+    DIRECTORY,
+    ENGINE,
+    LIMIT_S,
+    LOOK_S,
+    LongJob,
+    Size,
+    child_of,
+    percentile,
+    strike,
+)
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from swarmnode.cli.local_swarm import LocalSwarm
+from swarmnode.errors import SwarmError
+from swarmnode.http.api import JobView
+
+ROLES = ("child", "node", "directory", "restart", "takeover")
+NUM_NODES = 4
+MOST_PAUSE_S = 1.0
+"""A kill waits a random part of it, so that it hits any moment of a step."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One kill on a healthy swarm."""
+
+    role: str
+    node: int
+    step: int
+    generation: int
+    num_parts: int
+    """Nodes that held a part of the job when it was hit."""
+    commit_s: float
+    """From the kill to the next commit that counts."""
+    from_start_s: float | None = None
+    """From the start of the coordinator's node to that commit; only of `restart`."""
+    back_s: float | None = None
+    """From the kill until the directory process is there again; only of `directory`."""
+
+
+class Kills:
+    """One kill after another, each on a healthy swarm."""
+
+    def __init__(self, job: LongJob, seed: int) -> None:
+        self._job = job
+        self._chance = random.Random(seed)
+        self._num_parts = NUM_NODES
+
+    def run(self, num_kills: int, note: Callable[[str], None]) -> Iterator[Recovery]:
+        for number in range(num_kills):
+            role = ROLES[number % len(ROLES)]
+            self._num_parts = self._job.until_healthy()
+            self._job.witness.look()
+            time.sleep(self._chance.uniform(0.0, MOST_PAUSE_S))
+            done: Recovery = getattr(self, f"_{role}")()
+            note(f"{done.role} of node {done.node} at step {done.step}: {done.commit_s:.2f} s")
+            yield done
+
+    def _child(self) -> Recovery:
+        view = self._training()
+        node = self._chance.choice(self._hosts(view))
+        process = child_of(self._job.swarm.node(node), ENGINE)
+        assert process is not None, f"node {node} hosts a slot without a process"
+        view = self._training()
+        at_s = strike([process])
+        return self._done("child", node, view, at_s)
+
+    def _node(self) -> Recovery:
+        hosts = self._hosts(self._training())
+        node = self._chance.choice([n for n in hosts if n != self._job.node])
+        view = self._training()
+        at_s = self._job.kill(node)
+        done = self._done("node", node, view, at_s)
+        self._job.spawn([node])
+        return done
+
+    def _directory(self) -> Recovery:
+        job, node = self._job, self._chance.randrange(NUM_NODES)
+        client, process = job.swarm.node(node).client, child_of(job.swarm.node(node), DIRECTORY)
+        assert process is not None, f"node {node} has no directory"
+        view = self._training()
+        step, longest_s = view.step, 0.0
+        at_s = moved_s = strike([process])
+        back_s: float | None = None
+        while back_s is None or step == view.step:
+            seen, now_s = job.look(), time.monotonic()
+            if seen is not None and seen.step > step:
+                longest_s, moved_s, step = max(longest_s, now_s - moved_s), now_s, seen.step
+            if back_s is None and client.node().pids["directory"] != process.pid:
+                back_s = now_s - at_s
+            if now_s > at_s + LIMIT_S:
+                raise SwarmError(f"no directory, or no commit, within {LIMIT_S:.0f} s")
+            time.sleep(LOOK_S)
+        longest_s = max(longest_s, time.monotonic() - moved_s)
+        return Recovery(
+            "directory", node, view.step, view.generation, self._num_parts, longest_s, back_s=back_s
+        )
+
+    def _restart(self) -> Recovery:
+        view = self._training()
+        node = self._coordinator()
+        at_s = self._job.kill(node)
+        started_s = time.monotonic()
+        self._job.spawn([node])
+        done = self._done("restart", node, view, at_s)
+        return replace(done, from_start_s=done.commit_s - (started_s - at_s))
+
+    def _takeover(self) -> Recovery:
+        if len(self._job.witness.plans[-1].voters) < 3:
+            return self._restart()
+        view = self._training()
+        node = self._coordinator()
+        at_s = self._job.kill(node)
+        done = self._done("takeover", node, view, at_s)
+        assert self._job.node != node
+        self._job.spawn([node])
+        return done
+
+    def _training(self) -> JobView:
+        return self._job.until(lambda view: view.phase == "training")
+
+    def _coordinator(self) -> int:
+        assert self._job.node is not None
+        return self._job.node
+
+    def _hosts(self, view: JobView) -> list[int]:
+        peers = {peer for row in view.placement for peer in row}
+        return sorted(index for index, peer in self._job.peers.items() if peer in peers)
+
+    def _done(self, role: str, node: int, view: JobView, at_s: float) -> Recovery:
+        self._job.next_commit(view)
+        taken_s = time.monotonic() - at_s
+        return Recovery(role, node, view.step, view.generation, self._num_parts, taken_s)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """What is said of the seconds of one role."""
+    return {
+        "num": len(values),
+        "p50_s": round(median(values), 3),
+        "p95_s": round(percentile(values, 0.95), 3),
+        "max_s": round(max(values), 3),
+    }
+
+
+def by_role(done: list[Recovery]) -> dict[str, dict[str, float]]:
+    """The figures of each role, and both other clocks."""
+    found = {}
+    for role in ROLES:
+        mine = [each for each in done if each.role == role]
+        clocks = {
+            role: [each.commit_s for each in mine],
+            f"{role}, from its start": [e.from_start_s for e in mine if e.from_start_s is not None],
+            f"{role}, process back": [e.back_s for e in mine if e.back_s is not None],
+        }
+        found |= {name: spread(seconds) for name, seconds in clocks.items() if seconds}
+    return found
+
+
+def kills_table(roles: dict[str, dict[str, float]]) -> Table:
+    """For people."""
+    table = Table("killed", "times", "p50, s", "p95, s", "max, s", title="until the next commit")
+    for role, row in roles.items():
+        table.add_row(
+            role, str(row["num"]), *(f"{row[k]:.2f}" for k in ("p50_s", "p95_s", "max_s"))
+        )
+    return table
+
+
+@contextmanager
+def folder(keep: Path | None) -> Iterator[Path]:
+    """Where everything goes; it stays if it is to be kept, or if something fails."""
+    root = keep or Path(tempfile.mkdtemp(prefix="swarmnode-recovery-"))
+    try:
+        yield root
+    except BaseException:
+        print(f"homes and logs are kept in {root}", file=sys.stderr)
+        raise
+    if keep is None:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=("kills", "join"), default="kills")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--joins", type=int, default=5)
+    parser.add_argument(
+        "--hidden", type=int, help="size of the model; each part has its own unless given"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a folder for homes and logs, which then stay")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    is_join = options.part == "join"
+    num_nodes = NUM_BEFORE + options.joins if is_join else NUM_NODES
+    total = options.joins if is_join else options.kills
+    size = JOIN_SIZE if is_join else Size()
+    if options.hidden:
+        size = replace(size, hidden=options.hidden)
+    console = Console(stderr=True)
+    with (
+        folder(options.keep) as root,
+        LocalSwarm(root, num_nodes) as swarm,
+        Progress(console=console) as progress,
+    ):
+        task = progress.add_task(options.part, total=total)
+        job = LongJob(swarm, root, size, options.seed)
+        job.start(range(NUM_BEFORE if is_join else NUM_NODES))
+        job.submit()
+        done: list[Any] = []
+        measured = (
+            measure_joins(job, options.joins, progress.console.print)
+            if is_join
+            else Kills(job, options.seed).run(options.kills, progress.console.print)
+        )
+        for each in measured:
+            done.append(each)
+            progress.advance(task)
+        job.until_healthy()
+        coordinator = job.node
+        assert coordinator is not None
+        job.end()
+        faults = job.witness.verdict(job.journal(coordinator))
+        if faults:
+            raise SwarmError("; ".join(faults[:5]))
+    if is_join:
+        figures: dict[str, Any] = {"joins": [asdict(each) for each in done]}
+    else:
+        hit = dict(sorted(Counter(each.num_parts for each in done).items()))
+        figures = {"kills": len(done), "roles": by_role(done), "by_nodes_with_a_part": hit}
+    line = {
+        "bench": "recovery",
+        "part": options.part,
+        "seed": options.seed,
+        "size": asdict(size),
+        **figures,
+        "steps_committed_once": job.witness.num_steps,
+        "generations": job.witness.generation,
+        **environment(["torch", "hivemind", "libp2p"]),
+    }
+    if options.json:
+        print(json.dumps(line))
+    else:
+        Console().print(joins_table(done) if is_join else kills_table(by_role(done)))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SwarmError as error:
+        sys.exit(f"recovery: {error}")
