@@ -71,12 +71,34 @@ def pack(codec: Codec, tensor: Tensor, state_version: int = 0) -> bytearray:
     return bytearray(_HEADER.pack(*fields, crc)) + sizes + name + body
 
 
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A payload whose header and checksum are right; nothing is decoded yet."""
+
+    codec: Codec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    state_version: int
+    body: memoryview
+
+    def decode(self, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor. Raises: CodecError if the codec cannot have written this body."""
+        codec = self.codec.at(self.state_version)
+        return codec.decode(self.body, self.shape, self.dtype, device)
+
+
 def unpack(data: Payload, max_elements: int, device: torch.device | str = "cpu") -> Unpacked:
     """The tensor of a payload from a stranger, with at most `max_elements` elements.
 
     Raises: CodecError for anything that `pack` cannot have written, an unknown codec
     included. All sizes are checked before anything is allocated for them.
     """
+    opened = open_payload(data, max_elements)
+    return Unpacked(opened.decode(device), opened.state_version, opened.codec.spec)
+
+
+def open_payload(data: Payload, max_elements: int) -> Opened:
+    """What a payload says it holds, its checksum and all sizes checked. Raises: CodecError."""
     view = memoryview(data).cast("B")
     if len(view) < _HEADER.size:
         raise CodecError(f"payload of {len(view)} bytes has no header")
@@ -98,8 +120,7 @@ def unpack(data: Payload, max_elements: int, device: torch.device | str = "cpu")
     zeroed = _HEADER.pack(magic, version, dtype, num_dims, num_chars, state, 0)
     if crc != _crc(zeroed, view[_HEADER.size : start], body):
         raise CodecError("payload does not have its checksum")
-    tensor = codec.at(state).decode(body, shape, _DTYPES[dtype], device)
-    return Unpacked(tensor, state, codec.spec)
+    return Opened(codec, shape, _DTYPES[dtype], state, body)
 
 
 def _codec(name: bytes) -> Codec:
