@@ -100,6 +100,16 @@ class Child:
             os.close(pidfd)
         return self._process.wait()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """SIGKILL it, if it lives, and let go of it: for a child that has nothing to finish."""
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+
     async def stop(self, grace_s: float = 5.0) -> int:
         """End the child: end of file, after half of `grace_s` SIGTERM, after all of it SIGKILL.
 

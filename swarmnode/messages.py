@@ -289,6 +289,8 @@ class Failed:
     job: JobId
     generation: Fence
     reason: Text
+    child_ended: bool = False
+    """The process that computes has ended: another one can be had at once."""
 
 
 @dataclass(frozen=True)

@@ -383,9 +383,11 @@ class Generations(JobState):
         self._broken_links.clear()
         self._evaluation_due = self.is_evaluation_due(self.step)
 
-    def _on_failed(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
+    def _on_failed(
+        self, peer: PeerId, reason: str, now_s: float, *, child_ended: bool = False
+    ) -> list[Effect]:
         """A worker cannot do its part: go on without it, unless nobody can."""
-        self.pool.failed(peer, now_s)
+        self.pool.failed(peer, now_s, child_ended=child_ended)
         self.reason = f"{peer}: {reason}"
         if self.pool.is_hopeless(patience.MAX_STRIKES):
             return self._end("failed", self.reason)

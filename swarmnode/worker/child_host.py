@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from swarmnode.children import Child, python_module, spawn_child
+from swarmnode.children import Child
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.engine_messages import (
     Busy,
@@ -195,12 +195,7 @@ class ChildHost:
     def _start_child(self) -> None:
         assert self._group is not None
         self._is_warm.clear()
-        self._child = spawn_child(
-            python_module("swarmnode.worker.engine"),
-            env={"OMP_NUM_THREADS": str(self._tools.num_threads), "TOKENIZERS_PARALLELISM": "0"},
-            name=f"worker child of job {self._job}",
-            log=self._keeper.directory / "worker.log",
-        )
+        self._child = self._tools.spare.take(f"worker child of job {self._job}")
         self._group.create_task(self._read_child(self._child), name=f"child of {self._job}")
 
     async def send(
@@ -229,7 +224,7 @@ class ChildHost:
             self._is_warm.set()
             self._keeper.memory.clear()
             generation = self.plan.generation if self.plan else Generation(0)
-            self._post(Failed(self._job, generation, str(error)[:1000]))
+            self._post(Failed(self._job, generation, str(error)[:1000], child_ended=True))
             await child.stop(grace_s=0.1)
 
     async def _from_child(self, message: Message | EngineMessage, payload: memoryview) -> None:
