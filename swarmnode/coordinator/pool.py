@@ -52,6 +52,10 @@ class Pool:
         advert = self._alive.get(peer)
         self._leaving[peer] = advert.incarnation if advert else 0
 
+    def leaves(self, peer: PeerId) -> bool:
+        """Whether the peer has said that it will go."""
+        return peer in self._leaving
+
     def forgive(self, peers: Sequence[PeerId]) -> None:
         """These did their part of a step: their strikes are forgotten."""
         for peer in peers:
