@@ -91,10 +91,8 @@ class Generations(JobState):
 
     def _is_awaited(self, peer: PeerId) -> bool:
         """Whether the plan at hand may need the word of this voter; who refused gives none."""
-        agreement = self._agreement
-        return (
-            agreement is not None and peer in agreement.voters and peer in agreement.granted
-        )  # fmt: skip
+        asked = self._agreement
+        return asked is not None and peer in asked.voters and peer in asked.granted
 
     def _on_tick(self, now_s: float) -> list[Effect]:
         self._publications.expire(now_s)
@@ -331,10 +329,8 @@ class Generations(JobState):
         if self._preparing is not None:
             self._leftover |= self._preparing.newcomers.keys()
             self._preparing = None
-        self._leftover |= forming.inquiry.granted.keys() | set(
-            self.plan.workers() if self.plan else ()
-        )
-        self._leftover -= kept
+        before = self.plan.workers() if self.plan else ()
+        self._leftover = (self._leftover | {*forming.inquiry.granted, *before}) - kept
         effects: list[Effect] = [Write(on.StartedRecord.of(plan, self.step))]
         effects += forming.assignments(plan, self.head)
         self._forming, self._agreement = None, forming.inquiry
