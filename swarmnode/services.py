@@ -40,9 +40,9 @@ from swarmnode.p2p.prober import Prober
 from swarmnode.p2p.probing import Responder
 from swarmnode.p2p.switch import Switch
 from swarmnode.worker.models.tool import FactsDesk, export_model
+from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.probe import probe
 from swarmnode.worker.service import WorkerService
-from swarmnode.worker.spare import Spare
 from swarmnode.worker.tenancy import may_coordinate
 from swarmnode.worker.tools import HostTools
 
@@ -98,7 +98,7 @@ class Services:
                 switch=switch,
                 device=device.kind if config.device == "auto" else config.device,
                 num_threads=self._limits.num_threads,
-                spare=Spare(self._limits.num_threads, home / "worker.log"),
+                nursery=Nursery(self._limits.num_threads, home / "worker.log"),
                 on_sent=self.metrics.add_sent,
                 on_compute=self.metrics.add_compute,
                 log=self._log,

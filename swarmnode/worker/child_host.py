@@ -124,7 +124,7 @@ class ChildHost:
         assign = Assign(self._job, plan, prepare.step, prepare.sources, b"")
         try:
             if self._child is None:
-                self._start_child()
+                await self._start_child()
             stages = keeper.expect(stage for stage, _ in prepare.sources)
             planned = plan_handoffs(assign, tools.me, self._manifest, keeper, stages)
             fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
@@ -151,7 +151,7 @@ class ChildHost:
             fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
             bases = await gather(assign, self._manifest, planned, keeper, fetcher, tools.me)
             if self._child is None:
-                self._start_child()
+                await self._start_child()
             configure = Configure(
                 job=self._job,
                 peer=tools.me,
@@ -192,10 +192,11 @@ class ChildHost:
 
     # ---- the child -------------------------------------------------------------------------
 
-    def _start_child(self) -> None:
+    async def _start_child(self) -> None:
         assert self._group is not None
+        child = await self._tools.nursery.child(f"worker child of job {self._job}")
         self._is_warm.clear()
-        self._child = self._tools.spare.take(f"worker child of job {self._job}")
+        self._child = child
         self._group.create_task(self._read_child(self._child), name=f"child of {self._job}")
 
     async def send(

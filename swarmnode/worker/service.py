@@ -49,9 +49,9 @@ class WorkerService:
         drop_old_folders(tools.directory, time.time())
         transport.serve(CONTROL_PROTOCOL, self._accept, max_message_bytes=MAX_CONTROL_BYTES)
 
-    async def keep_spare(self) -> None:
+    async def nurse(self) -> None:
         """Have a child at hand that can compute at once, while there are jobs."""
-        await self._tools.spare.run()
+        await self._tools.nursery.run()
 
     def hosts(self) -> tuple[JobHost, ...]:
         """The jobs that this node works for now."""
@@ -133,7 +133,7 @@ class WorkerService:
         """Hold one job until its end; what goes wrong in it ends it, and nothing else."""
         self._log("job taken", job=host.job, name=host.manifest.name)
         try:
-            with self._tools.spare.wanted():
+            with self._tools.nursery.wanted():
                 await host.run()
         except* Exception as failures:
             self._log("job failed", job=host.job, reason=str(first_error(failures)))

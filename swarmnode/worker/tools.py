@@ -12,7 +12,7 @@ from swarmnode.messages import (
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.switch import Switch
-from swarmnode.worker.spare import Spare
+from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.tenancy import VerifyLease, is_voter
 
 
@@ -40,7 +40,7 @@ class HostTools:
     switch: Switch
     device: str
     num_threads: int
-    spare: Spare
+    nursery: Nursery
     on_sent: Callable[[str, int], None]
     on_compute: Callable[[float], None]
     log: Callable[..., None] = _ignore_log

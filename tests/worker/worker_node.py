@@ -26,8 +26,8 @@ from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.p2p.switch import Switch
 from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
+from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.service import WorkerService
-from swarmnode.worker.spare import Spare
 from swarmnode.worker.tools import HostTools
 
 ME, SUBMITTER, STRANGER = (Identity(letter * 32) for letter in (b"m", b"s", b"x"))
@@ -88,7 +88,7 @@ class Node:
             switch=Switch(transport, group, self._count, lambda _kind, _bytes: None),
             device="cpu",
             num_threads=1,
-            spare=Spare(1, folder / "worker.log"),
+            nursery=Nursery(1, folder / "worker.log"),
             on_sent=lambda _kind, _bytes: None,
             on_compute=lambda _seconds: None,
             links=lambda: self.links,
