@@ -135,6 +135,8 @@ class _Forks:
         self._log = log
         self._born: list[int] = []
         self._statuses: dict[int, int] = {}
+        self._is_dead = False
+        self._heard = asyncio.Event()
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.setblocking(False)
         with theirs, open_log(log) as output:
@@ -145,6 +147,7 @@ class _Forks:
                 stdout=output,
                 stderr=output,
             )
+        asyncio.get_running_loop().add_reader(self._sock, self._read)
 
     async def fork(self) -> Child:
         """A child. Raises: TimeoutError, and ChildError if only this fork failed."""
@@ -154,9 +157,10 @@ class _Forks:
                 socket.send_fds(self._sock, [b"f"], [theirs.fileno()])
             async with asyncio.timeout(BIRTH_S):
                 while not self._born:
-                    await _readable(self._sock)
-                    with contextlib.suppress(BlockingIOError):  # status_of was faster
-                        self._read()
+                    if self._is_dead:
+                        raise ConnectionResetError("the nursery has ended")
+                    self._heard.clear()
+                    await self._heard.wait()
             if not (pid := self._born.pop()):
                 raise ChildError("the nursery cannot fork")
             process = _Fork(pid, self)
@@ -167,25 +171,41 @@ class _Forks:
 
     def status_of(self, pid: int) -> int:
         """How a child has ended that is dead."""
-        with contextlib.suppress(OSError, ValueError):  # it is closed, or dead
-            while pid not in self._statuses and select.select([self._sock], [], [], _REAP_S)[0]:
-                self._read()
+        while pid not in self._statuses and not self._is_dead:
+            if not select.select([self._sock], [], [], _REAP_S)[0]:
+                break
+            self._read()
         return self._statuses.pop(pid, -signal.SIGKILL)  # it died with the nursery
 
     def close(self) -> None:
+        self._end()
         self._sock.close()
         self._process.kill()
         self._process.wait()
 
     def _read(self) -> None:
-        record = self._sock.recv(RECORD.size)
+        """Take one record, whoever waits for it."""
+        try:
+            record = self._sock.recv(RECORD.size)
+        except BlockingIOError:
+            return
+        except OSError:
+            record = b""
         if len(record) != RECORD.size:
-            raise ConnectionResetError("the nursery has ended")
+            self._end()
+            return
         pid, status = RECORD.unpack(record)
         if status == BORN:
             self._born.append(pid)
         else:
             self._statuses[pid] = status
+        self._heard.set()
+
+    def _end(self) -> None:
+        if not self._is_dead:
+            self._is_dead = True
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._heard.set()
 
 
 class _Fork:
@@ -225,12 +245,3 @@ class _Fork:
     def _end(self) -> None:
         self._status = self._forks.status_of(self.pid)
         os.close(self._pidfd)
-
-
-async def _readable(sock: socket.socket) -> None:
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock)

@@ -82,6 +82,17 @@ async def test_a_child_that_died_while_it_waited_is_not_given_away(tmp_path: Pat
             await used.stop()
 
 
+async def test_one_may_end_while_another_is_born(tmp_path: Path) -> None:
+    """Both are told on the same socket: who waits for one must not lose the other."""
+    async with running(tmp_path) as nursery:
+        with nursery.wanted():
+            for _ in range(20):
+                async with asyncio.timeout(30):
+                    child = await nursery.child("short-lived")
+                await asyncio.sleep(0)  # the next one has been asked for
+                child.close()
+
+
 async def test_if_the_nursery_dies_its_children_do_and_the_next_come_from_another(
     tmp_path: Path,
 ) -> None:
