@@ -108,6 +108,7 @@ class Services:
                 on_entry=lambda job, number, lines: self.succession.entry(job, number, lines),
                 num_lines=lambda job: self.succession.num_lines(job),
                 on_orphaned=lambda job: self.succession.orphaned(job),
+                on_followed=lambda job: self.succession.followed(job),
                 on_adopted=lambda job, plan: self.succession.adopted(job, plan),
             ),
             group,

@@ -15,7 +15,7 @@ from swarmnode.coordinator.publications import Publications
 from swarmnode.coordinator.shadows import choose_shadows
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.coordinator.solver.fill import solve
-from swarmnode.coordinator.votes import DisagreementError, DivergedError, StateHashes, Votes
+from swarmnode.coordinator.votes import StateHashes, Votes
 from swarmnode.domain import Advert, Generation, ModelFacts, PeerId, Plan
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
@@ -70,6 +70,10 @@ class Generations(JobState):
         return []
 
     def _on_lost(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
+        forming = self._forming
+        if forming is not None and forming.inquiry.has_refused(peer):
+            forming.inquiry.lost(peer)
+            return self._take_stock(now_s)
         is_news = peer not in self._gone
         if is_news:
             self._gone.add(peer)
@@ -80,10 +84,10 @@ class Generations(JobState):
             self.reason = f"lost {peer}: {reason}"
         if self._preparing is not None and peer in self._preparing.newcomers:
             self._preparing = self.replanning.chosen = None
-        if self._forming is not None:
-            takes_part = peer in self._forming.inquiry.granted  # who refused has hung up, no more
-            self._forming.inquiry.lost(peer)
-            is_needed = self._forming.is_gathering and is_news and takes_part
+        if forming is not None:
+            takes_part = peer in forming.inquiry.granted
+            forming.inquiry.lost(peer)
+            is_needed = forming.is_gathering and is_news and takes_part
             return self._form(now_s) if is_needed else self._take_stock(now_s)
         if self.is_worker(peer) or (self.phase == "placing" and self._is_awaited(peer)):
             return [Hangup(peer), *self._form(now_s)]
@@ -284,26 +288,15 @@ class Generations(JobState):
         return []
 
     def _finish_step(self, forming: Forming, now_s: float) -> list[Effect]:
-        """Commit the step at hand if all its parts are in the logs of those who answered.
-
-        Where another coordinated before us, one holder of each stage is enough: the other committed
-        nothing without a Ready of every holder, so that we find whatever it may have committed.
-        """
+        """Commit the step at hand if all its parts are in the logs of those who answered."""
         plan = self.plan
-        if plan is None or not self.manifest.num_steps or self.step >= self.manifest.num_steps:
+        if plan is None or self.is_trained:
             return []
         found = forming.inquiry.readies(plan, self.step)
-        for ready in found:
-            self._votes.add(ready)
-        may_be_committed = plan.coordinator != self.me and (
-            len({ready.source.stage for ready in found}) == plan.num_stages
-        )
-        if not may_be_committed and not self._votes.is_complete(plan):
+        is_ours = plan.coordinator == self.me
+        record = self._votes.recover(found, self.step, plan, self.manifest, is_ours=is_ours)
+        if record is None:
             return []
-        try:
-            record = self._votes.commit(self.step, plan, self.manifest)
-        except (DisagreementError, DivergedError):
-            return []  # computed again, it will be found again
         self._votes.clear()  # they are of this step: the next one must not find them
         self._record(record, now_s)
         return [Write(record)]

@@ -104,6 +104,10 @@ class Inquiry:
         if self._agreed_s is None and self.has_majority:
             self._agreed_s = now_s
 
+    def has_refused(self, peer: PeerId) -> bool:
+        """Whether the peer has answered, and said no: it closes its stream then."""
+        return peer in self._refused
+
     def lost(self, peer: PeerId) -> None:
         """The peer cannot be reached: it takes no part. If it refused, that still counts."""
         if peer in self._asked_s:

@@ -53,9 +53,12 @@ class Succession:
 
     # ---- what workers report ---------------------------------------------------------------
 
-    def adopted(self, job: JobId, plan: Plan) -> None:
-        """The job has a coordinator that talks to us."""
+    def followed(self, job: JobId) -> None:
+        """Somebody who coordinates the job, or may, talks to us: if it goes too, we hear of it."""
         self._stop_waiting(job)
+
+    def adopted(self, job: JobId, plan: Plan) -> None:
+        """A voter keeps at hand what it needs to take over."""
         papers = self._papers(job)
         if papers is not None and self._is_standby(plan):
             self._group.create_task(self._provide(papers), name=f"stand by for {job}")

@@ -80,6 +80,24 @@ class Votes:
         updates = tuple(self._of(stage)[0].update for stage in range(plan.num_stages))
         return CommitRecord(plan.generation, step, scale, loss, updates)
 
+    def recover(
+        self, found: Sequence[Ready], step: int, plan: Plan, manifest: Manifest, *, is_ours: bool
+    ) -> CommitRecord | None:
+        """The record of a step of which others still have these Readys, if it may be committed.
+
+        Where another coordinated (not `is_ours`), one holder of each stage is enough: it committed
+        nothing without a Ready of every holder, so that we find whatever it may have committed.
+        """
+        for ready in found:
+            self.add(ready)
+        has_all_stages = len({ready.source.stage for ready in found}) == plan.num_stages
+        if not self.is_complete(plan) and (is_ours or not has_all_stages):
+            return None
+        try:
+            return self.commit(step, plan, manifest)
+        except (DisagreementError, DivergedError):
+            return None  # computed again, it will be found again
+
     def _check(self, plan: Plan, num_microbatches: int) -> None:
         last = plan.num_stages - 1
         for at, ready in sorted(self._ready.items()):

@@ -108,7 +108,6 @@ class Hosting:
         if end is not self._line and self.tenancy.obeys(sender):
             self._follow(end)
         if isinstance(message, Assign) and after is not None:
-            self._daemon.succession.adopted(self.manifest.job)
             self.work.carry_out(message)
             return
         self._answer(end, message, is_granted=after is not None)
@@ -140,6 +139,7 @@ class Hosting:
     def _follow(self, end: End) -> None:
         """This stream is the one that counts now."""
         line, self._line = self._line, end
+        self._daemon.succession.followed(self.manifest.job)
         if line is not None:
             line.close()
 

@@ -88,7 +88,7 @@ class SimSuccession:
         self._waiting: dict[JobId, int] = {}
         self._num_waits = 0
 
-    def adopted(self, job: JobId) -> None:
+    def followed(self, job: JobId) -> None:
         self._waiting.pop(job, None)
 
     def entry(self, entry: Entry) -> None:

@@ -268,6 +268,7 @@ class JobHost:
             asyncio.current_task(), conversation, peer,
         )  # fmt: skip
         self._stop_waiting()
+        self._tools.on_followed(self.job)
         if self.is_served:
             self.alone.clear()
         try:
@@ -356,6 +357,7 @@ class JobHost:
             if after is None:
                 return
             await self._promise(before, after)
+        self._tools.on_adopted(self.job, message.plan)
         self._post(Adopted(self.job, message.plan.generation))
 
     def _is_sound(self, assign: Assign, sender: PeerId) -> bool:

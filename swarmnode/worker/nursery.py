@@ -20,7 +20,7 @@ from swarmnode.errors import ChildError
 from swarmnode.pipes import Pipe
 from swarmnode.worker.engine.nursery import BORN, RECORD
 
-START_S = 5.0
+START_S = 1.0
 """A node that was only asked about a job begins to import after so long: who works goes first."""
 KEEP_S = 300.0
 """So long after its last job, or after it was asked about one, a node keeps its nursery."""
