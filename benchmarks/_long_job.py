@@ -22,7 +22,7 @@ NUM_LAYERS, NUM_STAGES, NUM_SLOTS = 4, 2, 2
 CALM_STEPS = 5
 """A generation trains once it has committed so many."""
 LIMIT_S = 120.0
-SPREAD_S = 20.0
+SPREAD_S = 5.0
 """So long a healthy swarm may take to give everybody a part, before it counts as it is."""
 LOOK_S = 0.02
 _LEASE_S = float(NodeConfig.model_fields["lease_s"].default)
