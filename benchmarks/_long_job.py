@@ -239,14 +239,18 @@ class LongJob:
             fresh.get(self.peers[other], 0.0) >= self._started_at_s[other] for other in self.live()
         )
 
+    def _coordinator_sees_all(self) -> bool:
+        self.look()
+        return self.node is not None and self.sees_all(self.node)
+
     def until_healthy(self) -> int:
-        """Wait until everybody sees everybody, every stage has two holders, and steps are
+        """Wait until the coordinator sees everybody, every stage has two holders, and steps are
         committed; how many nodes have a part in it then.
 
         A node that came back may be left without a part when it would not make the job faster.
         """
         self.until_holds(lambda: self.ready() == self.live(), "all nodes answer")
-        self.until_holds(lambda: all(map(self.sees_all, self.live())), "all see each other")
+        self.until_holds(self._coordinator_sees_all, "the coordinator sees all nodes")
         since_s = time.monotonic()
         while time.monotonic() < since_s + LIMIT_S:
             begun = self.until(lambda view: view.phase == "training")

@@ -15,8 +15,8 @@ Real daemons on this machine's loopback train a small model, 2 stages x 2 slots,
 
 and the time runs from the signal until the coordinator's API shows a step that a later generation
 has committed (`directory`, where none is needed: the longest time without a commit until the
-process is there again). Looked at every 20 ms. Before each kill all four
-nodes see each other again and every stage has two holders. `join`: see _joining.py.
+process is there again). Looked at every 20 ms. Before each kill the
+coordinator sees all four nodes again and every stage has two holders. `join`: see _joining.py.
 
 In the end the journals must hold every step once, with the same bits wherever a step was written
 down twice; else the exit status is 1.
