@@ -216,13 +216,13 @@ def _period(text: str | None) -> int:
     return period if 2 <= period <= MAX_PERIOD and f"{1 / period:g}" == text else 0
 
 
-def stateless_spec(text: str) -> CodecSpec:
-    """The spec that `text` names, of a codec without a memory.
+def spec_with(text: str, *memories: Memory) -> CodecSpec:
+    """The spec that `text` names, of a codec with no memory, or with one of `memories`.
 
-    Raises: ManifestError if there is no such codec, or if it needs a memory.
+    Raises: ManifestError if there is no such codec, or if it needs another memory.
     """
     spec = parse_spec(text)
-    if spec.memory != "none":
+    if spec.memory not in ("none", *memories):
         raise ManifestError(
             f"codec {text!r} keeps a memory, which cannot be asked for here; "
             f"use {str(spec.stateless)!r}"
@@ -230,9 +230,17 @@ def stateless_spec(text: str) -> CodecSpec:
     return spec
 
 
+def stateless_spec(text: str) -> CodecSpec:
+    """The spec that `text` names, of a codec without a memory. Raises: ManifestError."""
+    return spec_with(text)
+
+
 def wire_share(text: str, shape: Sequence[int] = (SHARE_ELEMENTS,)) -> float:
-    """Coded bytes over float32 bytes, for a tensor of `shape`; a long vector unless given."""
-    return stateless_spec(text).wire_bytes(shape, 4) / (4 * math.prod(shape))
+    """Coded bytes over float32 bytes, for a tensor of `shape`; a long vector unless given.
+
+    With a delta: those of a change, not of a first visit.
+    """
+    return parse_spec(text).stateless.wire_bytes(shape, 4) / (4 * math.prod(shape))
 
 
 def for_size(spec: CodecSpec, num_values: int) -> CodecSpec:

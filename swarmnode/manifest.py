@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from swarmnode.codec_specs import stateless_spec
+from swarmnode.codec_specs import Memory, spec_with
 from swarmnode.domain import BlobRef, JobId, PeerId
 from swarmnode.errors import ManifestError
 
@@ -31,15 +31,20 @@ ComputeDtype = Literal["float32", "bfloat16"]
 MAX_CONFIG_DEPTH = 32
 
 
-def _codec_name(text: str) -> str:
+def _codec_name(*memories: Memory) -> AfterValidator:
     """The one name of the codec, so that the same job has the same id."""
-    try:
-        return str(stateless_spec(text))
-    except ManifestError as error:
-        raise ValueError(str(error)) from None
+
+    def name(text: str) -> str:
+        try:
+            return str(spec_with(text, *memories))
+        except ManifestError as error:
+            raise ValueError(str(error)) from None
+
+    return AfterValidator(name)
 
 
-CodecName = Annotated[str, AfterValidator(_codec_name)]
+BoundaryCodecName = Annotated[str, _codec_name()]
+GradientCodecName = Annotated[str, _codec_name("feedback")]
 
 
 class Section(BaseModel):
@@ -99,11 +104,11 @@ class BatchConfig(Section):
 class CodecConfig(Section):
     """How tensors are coded on the wire: names as in docs/compression.md."""
 
-    activation: CodecName = "int8"
+    activation: BoundaryCodecName = "int8"
     """Codec of hidden states, from stage to stage; compression.md names them."""
-    activation_gradient: CodecName = "int8"
+    activation_gradient: BoundaryCodecName = "int8"
     """Codec of their gradients, back from stage to stage."""
-    gradient: CodecName = "none"
+    gradient: GradientCodecName = "none"
     """Codec of parameter gradients, among the slots of a stage."""
 
 

@@ -146,13 +146,20 @@ def test_any_text_is_a_spec_or_a_manifest_error(text: str) -> None:
 # ---- in jobs -------------------------------------------------------------------------------------
 
 
-def test_a_job_may_name_any_codec_without_a_memory() -> None:
+def test_a_job_may_name_any_codec_and_a_memory_where_it_is_of_use() -> None:
     job = CodecConfig(activation="int4/32", activation_gradient="int8/128", gradient="powersgd/r4")
     assert (job.activation, job.activation_gradient) == ("int4/32", "int8")
     raw = {"name": "j", "model": {"config": "c"}, "data": {"path": "d"}}
-    for codec, says in [("int4", "unknown codec 'int4'"), ("int4/32+ef", "use 'int4/32'")]:
-        with pytest.raises(ManifestError, match=f"codecs.gradient: .*{says}"):
-            check(JobFile, {**raw, "codecs": {"gradient": codec}}, "job.toml")
+    assert CodecConfig(gradient="topk64of4096/int4/128+ef").gradient == "topk64of4096/int4+ef"
+    for key, codec, says in [
+        ("gradient", "int4", "unknown codec 'int4'"),
+        ("gradient", "aq/int4/32", "use 'int4/32'"),
+        ("activation", "int4/32+ef", "use 'int4/32'"),
+        ("activation_gradient", "int4/32+ef", "use 'int4/32'"),
+        ("activation_gradient", "aq/int4/32", "use 'int4/32'"),
+    ]:
+        with pytest.raises(ManifestError, match=f"codecs.{key}: .*{says}"):
+            check(JobFile, {**raw, "codecs": {key: codec}}, "job.toml")
     with pytest.raises(ManifestError, match="memory"):
         stateless_spec("aq/int4/32")
     with pytest.raises(ManifestError, match="memory"):

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,11 @@ from swarmnode.worker.engine.ports import Log, Send
 from swarmnode.worker.engine.reduction import Reduction
 from swarmnode.worker.engine.setup import Setup, make_setup, set_determinism
 from swarmnode.worker.engine.snapshots import Snapshots
-from swarmnode.worker.engine.stages import make_stages
+from swarmnode.worker.engine.stages import committed_update, make_stages
 from swarmnode.worker.engine.steps import Steps
 from swarmnode.worker.files import state_path
 from swarmnode.worker.training.log import UpdateLog
+from swarmnode.worker.training.residuals import Residuals
 from swarmnode.worker.training.state import StageState
 
 _MAX_REASON_CHARS = 400
@@ -72,6 +74,7 @@ class Engine:
         self._generation = Generation(-1)
         self._directory = Path()
         self._snapshots = Snapshots()
+        self._residuals = Residuals()
         self._compute_s = 0.0
         self._sessions_first = True
         self.dropped: Counter[str] = Counter()
@@ -154,7 +157,12 @@ class Engine:
         self._held = {stage: self._held[stage] for stage in sorted(kept & set(self._held))}
         self._held = make_stages(configure, manifest, self._held)
         self._directory = Path(configure.log_directory)
-        self._setup = setup = make_setup(configure, manifest, self._held, self._make_log)
+        plan = configure.plan
+        layout = (configure.job, manifest.codecs.gradient, plan.layers, plan.num_slots)
+        self._residuals.begin(layout, configure.step, partial(committed_update, configure))
+        self._setup = setup = make_setup(
+            configure, manifest, self._held, self._make_log, self._residuals
+        )
         self._conversations = Conversations(setup, self._send)
         if setup.trains:
             self._steps = Steps(

@@ -4,7 +4,6 @@ Letters: B rows, S positions, D hidden width, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,9 @@ from swarmnode.messages import (
 )
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
+from swarmnode.worker.training.expected import Boundary
 from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of
-
-Boundary = Literal["activation", "activation_gradient"]
 
 
 @dataclass

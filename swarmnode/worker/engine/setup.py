@@ -1,5 +1,6 @@
 """Everything that stays the same within one generation, made from a Configure."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils import deterministic
 
+from swarmnode.codec_specs import SMALL_ELEMENTS, CodecSpec, for_size, parse_spec
 from swarmnode.compression.codec import Codec, get_codec
 from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.engine_messages import Configure
@@ -20,9 +22,10 @@ from swarmnode.messages import (
 from swarmnode.worker.engine.batches import Batches
 from swarmnode.worker.engine.ports import Log
 from swarmnode.worker.files import stage_directory
-from swarmnode.worker.training.expected import ExpectedFrames, Role
+from swarmnode.worker.training.expected import Boundary, ExpectedFrames, Role
 from swarmnode.worker.training.groups import Group, Parameter, StageGroups, stage_groups
-from swarmnode.worker.training.reduce import FlatGradient
+from swarmnode.worker.training.reduce import FlatGradient, ShardCodecs
+from swarmnode.worker.training.residuals import Residuals
 from swarmnode.worker.training.state import StageState
 
 
@@ -42,7 +45,11 @@ class Setup:
     stages: dict[int, StageState]
     """The state of every stage that is held."""
     stage_groups: dict[int, StageGroups]
-    codecs: dict[Role, Codec]
+    codecs: dict[Boundary, Codec]
+    """Of what crosses from stage to stage."""
+    gradient: CodecSpec
+    """Of what is summed among the slots of a stage."""
+    residuals: Residuals
     batches: Batches | None
     """Absent where nothing trains, and on nodes between the first and the last stage."""
     expected: ExpectedFrames
@@ -102,6 +109,7 @@ def make_setup(
     manifest: Manifest,
     stages: dict[int, StageState],
     make_log: Callable[[Path], Log],
+    residuals: Residuals,
 ) -> Setup:
     """Lay out gradients, frames and data for a generation whose stages are here.
 
@@ -109,15 +117,23 @@ def make_setup(
     """
     plan, peer, trains = configure.plan, configure.peer, manifest.kind == "train"
     hosted, held = plan.hosted_by(peer), plan.held_by(peer)
-    codecs: dict[Role, Codec] = {
+    codecs: dict[Boundary, Codec] = {
         "activation": get_codec(manifest.codecs.activation),
         "activation_gradient": get_codec(manifest.codecs.activation_gradient),
-        "gradient": get_codec(manifest.codecs.gradient),
     }
-    by_stage = {s: groups_of(state, s, plan) for s, state in stages.items() if trains}
+    gradient = parse_spec(manifest.codecs.gradient)
+    by_stage = {s: groups_of(state, s, plan, gradient) for s, state in stages.items() if trains}
     groups: dict[int, Group] = {g.index: g for found in by_stage.values() for g, _ in found.groups}
     reads_data = trains and any(slot.stage in (0, plan.num_stages - 1) for slot in hosted)
     batches = Batches(manifest, Path(configure.blob_directory)) if reads_data else None
+    shards = ShardCodecs(gradient)
+
+    def wire_bytes(role: Role, shape: Sequence[int]) -> int:
+        if role in ("activation", "activation_gradient"):
+            return codecs[role].wire_bytes(shape)
+        codec = shards.for_values(math.prod(shape), is_small=role == "small_gradient")
+        return codec.wire_bytes(shape)
+
     batch, module = manifest.batch, next(iter(stages.values())).module
     if trains and batch.sequence_length > module.max_positions:
         raise DataError(
@@ -133,7 +149,7 @@ def make_setup(
             batches.num_evaluation_microbatches if batches else manifest.run.evaluate_microbatches
         ),
         groups=groups,
-        wire_bytes=lambda role, shape: codecs[role].wire_bytes(shape),
+        wire_bytes=wire_bytes,
     )
     device = configure.device
     accumulators = {
@@ -151,12 +167,13 @@ def make_setup(
     logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     return Setup(
         configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
-        codecs, batches, expected, accumulators, reduced, logs,
+        codecs, gradient, residuals, batches, expected, accumulators, reduced, logs,
     )  # fmt: skip
 
 
-def groups_of(state: StageState, stage: int, plan: Plan) -> StageGroups:
+def groups_of(state: StageState, stage: int, plan: Plan, gradient: CodecSpec) -> StageGroups:
     """The reduction groups of a stage, from the names and shapes of its parameters."""
+    is_coarse = for_size(gradient, 0) != gradient
     shapes = {name: tuple(p.shape) for name, p in state.module.parameters_by_name().items()}
     return stage_groups(
         stage=stage,
@@ -164,6 +181,7 @@ def groups_of(state: StageState, stage: int, plan: Plan) -> StageGroups:
         num_slots=plan.num_slots,
         shapes=shapes,
         tied=state.module.tied,
+        small_values=SMALL_ELEMENTS if is_coarse else 0,
     )
 
 

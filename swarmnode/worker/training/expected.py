@@ -11,7 +11,8 @@ from swarmnode.messages import (
 )
 from swarmnode.worker.training.groups import Group
 
-Role = Literal["activation", "activation_gradient", "gradient"]
+Boundary = Literal["activation", "activation_gradient"]
+Role = Literal[Boundary, "gradient", "small_gradient"]
 Refusal = Literal["slot", "microbatch", "part", "shape", "length"]
 
 
@@ -53,15 +54,17 @@ class ExpectedFrames:
         """Why the frame cannot be one of this generation, or None if it can."""
         if not self._is_hosted(frame.target):
             return "slot"
+        role: Role
         if frame.kind in ("activation", "activation_gradient"):
-            wrong, shape = self._boundary(frame), tuple[int, ...](self.hidden_shape)
+            role, wrong, shape = frame.kind, self._boundary(frame), tuple(self.hidden_shape)
         else:
             wrong, shape = self._reduction(frame)
+            is_small = wrong is None and self.groups[frame.group].is_small
+            role = "small_gradient" if is_small else "gradient"
         if wrong is not None:
             return wrong
         if frame.shape != shape:
             return "shape"
-        role: Role = "gradient" if frame.kind == "reduced" else frame.kind
         return None if num_payload_bytes == self.wire_bytes(role, shape) else "length"
 
     def _is_hosted(self, slot: SlotId) -> bool:
