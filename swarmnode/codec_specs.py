@@ -17,9 +17,10 @@ CODE is none, bf16 or intB[/G], in blocks of 128 unless it says otherwise.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Literal
 
 from swarmnode.errors import ManifestError
@@ -141,6 +142,11 @@ class CodecSpec:
         return replace(self, memory="none")
 
     @property
+    def cold(self) -> "CodecSpec":
+        """How a tensor travels that the peer has never had before, as in an evaluation."""
+        return CodecSpec("bf16") if self.memory == "delta" else self.stateless
+
+    @property
     def is_dense(self) -> bool:
         """Whether every value of a tensor is coded."""
         return self.period == 1 and self.top is None and not self.rank
@@ -253,3 +259,28 @@ def for_size(spec: CodecSpec, num_values: int) -> CodecSpec:
     if is_mild or num_values >= SMALL_ELEMENTS:
         return spec
     return CodecSpec("bf16", memory=spec.memory)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The codec specs of one kind of link."""
+
+    activation: str
+    """Hidden states, forward."""
+    activation_gradient: str
+    """Their gradients, backward."""
+    gradient: str
+    """Parameter gradients."""
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "home": Preset("int8", "int8", "int8"),
+        "slow": Preset("int4/32", "int8", "int8"),
+        "lan": Preset("bf16", "bf16", "bf16"),
+        "fidelity": Preset("none", "none", "none"),
+    }
+)
+"""home: lines of tens of megabits and more. slow: below that; coarser forward only, because
+gradients bear less. lan: fast networks. fidelity: nothing is lost, to compare others with.
+None needs a memory: a codec that loses more than half of the energy in one step would."""

@@ -49,6 +49,12 @@ def traffic(bytes_by_kind: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {amount(count, 'B')}" for kind, count in kinds) or "-"
 
 
+def boundaries(codecs: Mapping[str, str]) -> str:
+    """The codecs between stages: forward and backward."""
+    found = [codecs[role] for role in ("activation", "activation_gradient") if role in codecs]
+    return printable(" and ".join(found)) or "-"
+
+
 # ---- tables ------------------------------------------------------------------------------------
 
 
@@ -106,7 +112,7 @@ def jobs_table(views: Iterable[JobView]) -> RenderableType:
 
 
 def checkpoints_table(views: Iterable[CheckpointView]) -> RenderableType:
-    table = _table("step", "made", "generation", "loss", "size", "weights sha256")
+    table = _table("step", "made", "generation", "loss", "size", "boundaries", "weights sha256")
     for view in views:
         made = datetime.fromtimestamp(view.created_at_s, UTC)
         table.add_row(
@@ -115,6 +121,7 @@ def checkpoints_table(views: Iterable[CheckpointView]) -> RenderableType:
             str(view.generation),
             figure(view.loss),
             amount(view.num_bytes, "B"),
+            boundaries(view.codecs),
             view.weights_sha256,
         )
     return table
@@ -154,7 +161,8 @@ def job_panel(view: JobView) -> RenderableType:
         + (f", {view.step_s:.2f} s each" if view.step_s is not None else "")
         + (f", predicted {view.predicted_step_s:.2f} s" if view.predicted_step_s else ""),
         "loss": f"{figure(view.loss)} (first {figure(view.first_loss)})",
-        "validation": figure(view.val_loss),
+        "validation": figure(view.val_loss)
+        + (f", boundaries in {view.val_codec}" if view.val_codec else ""),
         "speed": f"{figure(view.tokens_per_s, '.0f')} tokens/s",
         "sent": traffic(view.bytes_by_kind),
         "placement": placement(view),

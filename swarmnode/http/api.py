@@ -101,6 +101,10 @@ class JobView:
     """Committed steps that the newest complete checkpoint holds."""
     losses: tuple[float, ...] = field(default=(), repr=False)
     """Mean loss of each committed step; left out of lists of jobs."""
+    codecs: Mapping[str, str] = field(default_factory=dict)
+    """Of activation, activation_gradient and gradient."""
+    val_codec: str | None = None
+    """What the boundaries were coded with in the last evaluation."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class CheckpointView:
     parent: str | None
     coordinator: str
     """Who signed it."""
+    codecs: Mapping[str, str] = field(default_factory=dict)
+    """What it was trained with: of activation, activation_gradient and gradient."""
 
 
 @dataclass(frozen=True)
