@@ -3,10 +3,20 @@
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from swarmnode.codec_specs import PRESETS, Memory, parse_spec, spec_with
 from swarmnode.errors import ManifestError
+
+DELTA_CACHE_BYTES = 1 << 30
 
 
 class Section(BaseModel):
@@ -29,7 +39,8 @@ def _codec_name(*memories: Memory) -> AfterValidator:
     return AfterValidator(name)
 
 
-BoundaryCodecName = Annotated[str, _codec_name()]
+ActivationCodecName = Annotated[str, _codec_name("delta")]
+ActivationGradientCodecName = Annotated[str, _codec_name()]
 GradientCodecName = Annotated[str, _codec_name("feedback")]
 
 
@@ -38,12 +49,22 @@ class CodecConfig(Section):
 
     preset: Literal["home", "slow", "lan", "fidelity"] | None = Field(default=None, exclude=True)
     """Names the codecs that are not named here, for a kind of link; see compression.md."""
-    activation: BoundaryCodecName = "int8"
-    """Codec of hidden states, from stage to stage; compression.md names them."""
-    activation_gradient: BoundaryCodecName = "int8"
+    activation: ActivationCodecName = "int8"
+    """Codec of hidden states, from stage to stage; may begin with aq/; compression.md names all."""
+    activation_gradient: ActivationGradientCodecName = "int8"
     """Codec of their gradients, back from stage to stage."""
     gradient: GradientCodecName = "none"
     """Codec of parameter gradients, among the slots of a stage; may end in +ef."""
+    delta_cache_bytes: int = Field(default=DELTA_CACHE_BYTES, ge=0, le=1 << 50)
+    """With aq/: memory for hidden states, at each end of each boundary of each slot."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that older versions do not know is there only where it says something."""
+        found: dict[str, Any] = serialize(self)
+        if self.delta_cache_bytes == DELTA_CACHE_BYTES:
+            found.pop("delta_cache_bytes", None)
+        return found
 
     @property
     def by_role(self) -> dict[str, str]:
@@ -52,6 +73,16 @@ class CodecConfig(Section):
             "activation_gradient": self.activation_gradient,
             "gradient": self.gradient,
         }
+
+    @property
+    def keeps_deltas(self) -> bool:
+        """Whether hidden states travel as changes since their sample's last visit."""
+        return parse_spec(self.activation).memory == "delta"
+
+    @property
+    def keeps_residuals(self) -> bool:
+        """Whether what coding loses of parameter gradients is owed."""
+        return parse_spec(self.gradient).memory == "feedback"
 
     @property
     def evaluation(self) -> str:

@@ -102,6 +102,7 @@ def make_manifest(
     stages: int = 2,
     slots: int = 2,
     steps: int = 10,
+    num_tokens: int = 5000,
     **run: Any,
 ) -> Manifest:
     """A training job over a text with structure: each token mostly follows from the last."""
@@ -119,7 +120,7 @@ def make_manifest(
         run=RunConfig(**{"steps": steps, "seed": 5, "evaluate_microbatches": 5, **run}),
         model=ModelContent(config=dict(config)),
         data=DataContent(
-            train=write_tokens(blobs, stream[:5000]),
+            train=write_tokens(blobs, stream[:num_tokens]),
             validation=write_tokens(blobs, stream[5000:]),
         ),
         tokenizer=BlobRef("0" * 64, 1),

@@ -114,7 +114,7 @@ class Pipeline:
         if slot.stage == 0:
             return self._tokens(microbatch)[:, :-1]
         payload = self._slots[slot].inputs.pop(("forward", microbatch))
-        hidden_BSD = self._decode("activation", payload)
+        hidden_BSD = self._decode("activation", slot, payload)
         return hidden_BSD.requires_grad_(not self._evaluate)
 
     def _backward(self, slot: SlotId, microbatch: int) -> None:
@@ -125,7 +125,7 @@ class Pipeline:
             gradient = torch.full_like(output, 1.0 / count)
         else:
             payload = at.inputs.pop(("backward", microbatch))
-            gradient = self._decode("activation_gradient", payload).to(output.dtype)
+            gradient = self._decode("activation_gradient", slot, payload).to(output.dtype)
         self._point_gradients_at(slot)
         torch.autograd.backward(output, gradient)
         if inputs is not None:
@@ -154,9 +154,12 @@ class Pipeline:
         )
         return torch.from_numpy(rows).to(self._setup.device)
 
-    def _decode(self, role: Boundary, payload: Payload) -> Tensor:
+    def _decode(self, kind: Boundary, target: SlotId, payload: Payload) -> Tensor:
         setup = self._setup
-        codec = setup.codecs[role].at(self._step)
+        if self._travels_as_change(kind):
+            assert setup.deltas is not None
+            return setup.deltas.decode(target, payload, setup.device)
+        codec = setup.codecs["held_out" if self._evaluate else kind].at(self._step)
         return codec.decode(payload, setup.expected.hidden_shape, device=setup.device)
 
     def _send(
@@ -167,5 +170,14 @@ class Pipeline:
             kind, self._step, source, target, setup.expected.hidden_shape,
             microbatch=microbatch, evaluate=self._evaluate,
         )  # fmt: skip
-        codec = setup.codecs[kind].at(self._step)
-        self._post(frame, codec.encode(tensor.detach().float()))
+        values = tensor.detach().float()
+        if self._travels_as_change(kind):
+            assert setup.deltas is not None
+            self._post(frame, setup.deltas.encode(source, self._step, microbatch, values))
+            return
+        codec = setup.codecs["held_out" if self._evaluate else kind].at(self._step)
+        self._post(frame, codec.encode(values))
+
+    def _travels_as_change(self, kind: Boundary) -> bool:
+        """Held out samples have no history; nor have gradients."""
+        return self._setup.deltas is not None and kind == "activation" and not self._evaluate

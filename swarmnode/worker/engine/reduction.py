@@ -124,6 +124,8 @@ class Reduction:
             }
             state.apply(views, num_steps=setup.manifest.num_steps)
         setup.residuals.committed()
+        if setup.deltas is not None:
+            setup.deltas.commit()
 
     def state_hash(self, stage: int) -> str:
         return self._setup.stages[stage].state_hash()
