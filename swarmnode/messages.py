@@ -5,8 +5,10 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
+from swarmnode.codings import MAX_CODINGS, Coding
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.fields import Count, Fence, Hash, Seconds, Speed, Text
+from swarmnode.fields import FrameKind as FrameKind
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
 BEFORE_ANY = Generation(0)
@@ -17,7 +19,6 @@ SentKind = Literal[
     "activation", "activation_gradient", "gradient", "reduced", "session", "control", "blob"
 ]
 """What bytes on the wire are counted as."""
-FrameKind = Literal["activation", "activation_gradient", "gradient", "reduced"]
 
 
 # ---- tensors between workers -------------------------------------------------------------------
@@ -367,6 +368,8 @@ class Traffic:
     compute_s: float
     """Seconds of computing since the last report."""
     links: Annotated[tuple[LinkReport, ...], Field(max_length=MAX_LINK_REPORTS)] = ()
+    codings: Annotated[tuple[Coding, ...], Field(max_length=MAX_CODINGS)] = ()
+    """What its coding came to so far."""
 
 
 @dataclass(frozen=True)

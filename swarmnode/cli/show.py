@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from swarmnode.codings import Coding
 from swarmnode.http.api import CheckpointView, JobView, NodeView, PeerView
 
 SHORT_ID = 6
@@ -53,6 +54,18 @@ def boundaries(codecs: Mapping[str, str]) -> str:
     """The codecs between stages: forward and backward."""
     found = [codecs[role] for role in ("activation", "activation_gradient") if role in codecs]
     return printable(" and ".join(found)) or "-"
+
+
+def coding_lines(codings: Iterable[Coding]) -> str:
+    """A line for each kind and codec: how much less it sends, what it costs and loses."""
+    lines = []
+    for each in codings:
+        lost = f", error {each.error:.2%}" if each.error is not None else ""
+        lines.append(
+            f"{each.kind} in {printable(each.codec)}: {amount(each.coded_bytes, 'B')}, "
+            f"float32 / {each.ratio:.1f}, {each.seconds:.1f} s{lost}"
+        )
+    return "\n".join(lines) or "-"
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -165,6 +178,7 @@ def job_panel(view: JobView) -> RenderableType:
         + (f", boundaries in {view.val_codec}" if view.val_codec else ""),
         "speed": f"{figure(view.tokens_per_s, '.0f')} tokens/s",
         "sent": traffic(view.bytes_by_kind),
+        "codecs": coding_lines(view.codings),
         "placement": placement(view),
         "generation": str(view.generation),
         "recoveries": recoveries,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from swarmnode.codings import Coding
 from swarmnode.domain import JobId, PeerId
 from swarmnode.p2p.checkpoint_files import Audit
 from swarmnode.session_messages import (
@@ -105,6 +106,8 @@ class JobView:
     """Of activation, activation_gradient and gradient."""
     val_codec: str | None = None
     """What the boundaries were coded with in the last evaluation."""
+    codings: tuple[Coding, ...] = ()
+    """What coding came to so far, by kind and codec, of all workers."""
 
 
 @dataclass(frozen=True)

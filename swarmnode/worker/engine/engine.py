@@ -17,6 +17,7 @@ from swarmnode.compression.codec import Payload
 from swarmnode.domain import Generation, JobId
 from swarmnode.engine_messages import (
     Busy,
+    Coded,
     Configure,
     Configured,
     EngineMessage,
@@ -48,6 +49,7 @@ from swarmnode.worker.engine.stages import committed_update, make_stages
 from swarmnode.worker.engine.steps import Steps
 from swarmnode.worker.files import state_path
 from swarmnode.worker.training.log import UpdateLog
+from swarmnode.worker.training.meter import CodingMeter
 from swarmnode.worker.training.residuals import Residuals
 from swarmnode.worker.training.state import StageState
 
@@ -75,6 +77,7 @@ class Engine:
         self._directory = Path()
         self._snapshots = Snapshots()
         self._residuals = Residuals()
+        self._meter = CodingMeter()
         self._compute_s = 0.0
         self._sessions_first = True
         self.dropped: Counter[str] = Counter()
@@ -161,7 +164,7 @@ class Engine:
         layout = (configure.job, manifest.codecs.gradient, plan.layers, plan.num_slots)
         self._residuals.begin(layout, configure.step, partial(committed_update, configure))
         self._setup = setup = make_setup(
-            configure, manifest, self._held, self._make_log, self._residuals
+            configure, manifest, self._held, self._make_log, self._residuals, self._meter
         )
         self._conversations = Conversations(setup, self._send)
         if setup.trains:
@@ -261,6 +264,8 @@ class Engine:
 
     def _report_busy(self, at_least_s: float) -> None:
         if self._compute_s > at_least_s and self._job is not None:
+            if codings := self._meter.take():
+                self._send(Coded(self._job, codings), b"")
             self._send(Busy(self._job, self._compute_s), b"")
             self._compute_s = 0.0
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swarmnode.compression.codec import Payload
+from swarmnode.compression.codec import Codec, Payload
 from swarmnode.domain import SlotId
 from swarmnode.messages import (
     Frame,
 )
 from swarmnode.worker.engine.ports import Post
-from swarmnode.worker.engine.setup import Setup
+from swarmnode.worker.engine.setup import BoundaryRole, Setup
 from swarmnode.worker.training.expected import Boundary
 from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of
@@ -157,26 +157,43 @@ class Pipeline:
     def _decode(self, kind: Boundary, target: SlotId, payload: Payload) -> Tensor:
         setup = self._setup
         if self._travels_as_change(kind):
-            assert setup.deltas is not None
-            return setup.deltas.decode(target, payload, setup.device)
-        codec = setup.codecs["held_out" if self._evaluate else kind].at(self._step)
-        return codec.decode(payload, setup.expected.hidden_shape, device=setup.device)
+            deltas, name = setup.deltas, setup.manifest.codecs.activation
+            assert deltas is not None
+            return setup.meter.decode(
+                kind, name, lambda: deltas.decode(target, payload, setup.device)
+            )
+        codec, shape = self._codec(kind), setup.expected.hidden_shape
+        return setup.meter.decode(
+            kind, codec.spec, lambda: codec.decode(payload, shape, device=setup.device)
+        )
 
     def _send(
         self, kind: Boundary, source: SlotId, target: SlotId, microbatch: int, tensor: Tensor
     ) -> None:
-        setup = self._setup
+        setup, step = self._setup, self._step
         frame = setup.frame(
-            kind, self._step, source, target, setup.expected.hidden_shape,
+            kind, step, source, target, setup.expected.hidden_shape,
             microbatch=microbatch, evaluate=self._evaluate,
         )  # fmt: skip
         values = tensor.detach().float()
         if self._travels_as_change(kind):
-            assert setup.deltas is not None
-            self._post(frame, setup.deltas.encode(source, self._step, microbatch, values))
-            return
-        codec = setup.codecs["held_out" if self._evaluate else kind].at(self._step)
-        self._post(frame, codec.encode(values))
+            deltas, name = setup.deltas, setup.manifest.codecs.activation
+            assert deltas is not None
+            payload = setup.meter.encode(
+                kind, name, values, lambda: deltas.encode(source, step, microbatch, values),
+                lambda _: deltas.error(source, step, microbatch, values),
+            )  # fmt: skip
+        else:
+            codec = self._codec(kind)
+            payload = setup.meter.encode(
+                kind, codec.spec, values, lambda: codec.encode(values),
+                lambda coded: values - codec.decode(coded, values.shape, device=values.device),
+            )  # fmt: skip
+        self._post(frame, payload)
+
+    def _codec(self, kind: Boundary) -> Codec:
+        role: BoundaryRole = "held_out" if self._evaluate else kind
+        return self._setup.codecs[role].at(self._step)
 
     def _travels_as_change(self, kind: Boundary) -> bool:
         """Held out samples have no history; nor have gradients."""

@@ -2,12 +2,10 @@
 
 from torch import Tensor
 
-from swarmnode.compression.codec import Payload
+from swarmnode.compression.codec import Codec, Payload
 from swarmnode.domain import BlobRef, SlotId
 from swarmnode.failpoints import hit
-from swarmnode.messages import (
-    Frame,
-)
+from swarmnode.messages import Frame, FrameKind
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
 from swarmnode.worker.training.fingerprint import sum_of_squares
@@ -64,23 +62,26 @@ class Reduction:
 
         Raises: CodecError if it does not decode, DataError for a share that is implausible.
         """
+        meter, group, part = self._setup.meter, self._groups[frame.group], frame.part
+        name = self._name(self._codecs.of(group, part))
         if frame.kind == "reduced":
-            self._reduced[frame.group].take(frame.part, payload)
+            reduced = self._reduced[frame.group]
+            meter.decode("reduced", name, lambda: reduced.take(part, payload))
             self._payloads[frame.group, frame.part] = payload
             return
-        total = self._sums[frame.group, frame.part].add(frame.source, payload)
+        shares = self._sums[frame.group, part]
+        total = meter.decode("gradient", name, lambda: shares.add(frame.source, payload))
         if total is None:
             return
         del self._sums[frame.group, frame.part]
-        reduced = self._encode(Sent("sum", frame.target, frame.group, frame.part), total)
-        group = self._groups[frame.group]
+        coded = self._encode(Sent("sum", frame.target, frame.group, frame.part), total)
         shape = self._shape(frame.group, frame.part)
         for receiver in group.receivers(self._setup.plan):
             answer = self._setup.frame(
                 "reduced", self._step, frame.target, receiver, shape,
                 group=frame.group, part=frame.part,
             )  # fmt: skip
-            self._post(answer, reduced)
+            self._post(answer, coded)
             hit("mid_tensor", self._step)
 
     def is_complete(self, stage: int) -> bool:
@@ -132,10 +133,22 @@ class Reduction:
 
     def _encode(self, key: Sent, values: Tensor) -> Payload:
         """Code what is sent; with error feedback, also what is owed of the steps before."""
+        setup, step = self._setup, self._step
         codec = self._codecs.of(self._groups[key.group], key.part)
-        if self._setup.gradient.memory == "none":
-            return codec.encode(values)
-        return self._setup.residuals.encode(key, values, codec, self._step)
+        kind: FrameKind = "gradient" if key.kind == "share" else "reduced"
+        if setup.gradient.memory == "feedback":
+            residuals = setup.residuals
+            return setup.meter.encode(
+                kind, self._name(codec), values,
+                lambda: residuals.encode(key, values, codec, step), lambda _: residuals.lost(key),
+            )  # fmt: skip
+        return setup.meter.encode(
+            kind, self._name(codec), values, lambda: codec.encode(values),
+            lambda coded: values - codec.decode(coded, values.shape, device=values.device),
+        )  # fmt: skip
+
+    def _name(self, codec: Codec) -> str:
+        return f"{codec.spec}+ef" if self._setup.gradient.memory == "feedback" else codec.spec
 
     def _shape(self, index: int, part: int) -> tuple[int]:
         start, stop = self._groups[index].shard(part)

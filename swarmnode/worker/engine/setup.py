@@ -27,6 +27,7 @@ from swarmnode.worker.files import stage_directory
 from swarmnode.worker.training.deltas import Deltas, DeltaSizes
 from swarmnode.worker.training.expected import Boundary, ExpectedFrames, Role
 from swarmnode.worker.training.groups import Group, Parameter, StageGroups, stage_groups
+from swarmnode.worker.training.meter import CodingMeter
 from swarmnode.worker.training.reduce import FlatGradient, ShardCodecs
 from swarmnode.worker.training.residuals import Residuals
 from swarmnode.worker.training.samples import SampleMap
@@ -58,6 +59,7 @@ class Setup:
     residuals: Residuals
     deltas: Deltas | None
     """Where hidden states of training travel as changes."""
+    meter: CodingMeter
     batches: Batches | None
     """Absent where nothing trains, and on nodes between the first and the last stage."""
     expected: ExpectedFrames
@@ -118,6 +120,7 @@ def make_setup(
     stages: dict[int, StageState],
     make_log: Callable[[Path], Log],
     residuals: Residuals,
+    meter: CodingMeter,
 ) -> Setup:
     """Lay out gradients, frames and data for a generation whose stages are here.
 
@@ -176,7 +179,7 @@ def make_setup(
     logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     return Setup(
         configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
-        codecs, gradient, residuals, deltas, batches, expected, accumulators, reduced, logs,
+        codecs, gradient, residuals, deltas, meter, batches, expected, accumulators, reduced, logs,
     )  # fmt: skip
 
 

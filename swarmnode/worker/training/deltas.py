@@ -108,6 +108,15 @@ class Deltas:
             rows.append(hidden_SD)
         return torch.stack(rows)
 
+    def error(
+        self, source: SlotId, step: int, microbatch: int, hidden_BSD: Tensor
+    ) -> Tensor | None:
+        """What the receiver of `encode` lacks; None where a row was sent without being kept."""
+        sender = self._senders[source]
+        found = [sender.held(key) for key in self._keys_of(step, microbatch)]
+        kept = [each.to(hidden_BSD.device).float() for each in found if each is not None]
+        return hidden_BSD - torch.stack(kept) if len(kept) == len(found) else None
+
     def commit(self) -> None:
         """The step is committed: what it put into the caches lasts."""
         for end in (*self._senders.values(), *self._receivers.values()):

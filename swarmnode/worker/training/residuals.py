@@ -74,6 +74,12 @@ class Residuals:
         self._open[key] = _Open(pending, payload, codec)
         return payload
 
+    def lost(self, key: Sent) -> Tensor:
+        """What the bytes of `key` lack in the step at hand: what will be owed."""
+        pending, payload, codec = self._open[key]
+        wanted = pending.tensor
+        return wanted - codec.decode(payload, wanted.shape, device=wanted.device)
+
     def logged(self, stage: int, step: int, update: BlobRef) -> None:
         """The whole update of a stage is here, made of what was sent in `step`."""
         if step == self._step:
