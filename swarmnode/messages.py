@@ -285,11 +285,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Failed:
-    """This worker cannot do what the generation asks of it."""
+    """This worker cannot do what the generation asks of it, by the fault of `blames` if given."""
 
     job: JobId
     generation: Fence
     reason: Text
+    blames: SlotId | None = None
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,7 @@ def test_an_implausible_share_is_refused_by_name_and_the_next_attempt_is_whole(
     failed = swarm.take(Failed)
     assert failed
     assert all("gradient of stage 0, slot 1" in each.reason for each in failed), failed
+    assert {each.blames for each in failed} == {SlotId(0, 1)}
     assert all(says in each.reason for each in failed)
     assert len(swarm.take(Ready)) == 0
     swarm.network.clear()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from swarmnode.compression.codec import Payload
-from swarmnode.domain import Generation, JobId
+from swarmnode.domain import Generation, JobId, SlotId
 from swarmnode.engine_messages import (
     Busy,
     Coded,
@@ -24,7 +24,7 @@ from swarmnode.engine_messages import (
     Export,
     Exported,
 )
-from swarmnode.errors import ManifestError
+from swarmnode.errors import ManifestError, ShareError
 from swarmnode.manifest import Manifest, check
 from swarmnode.messages import (
     Begin,
@@ -241,7 +241,8 @@ class Engine:
             traceback.print_exception(error)  # to the child's log; the daemon gets one line
         self._forget()
         assert self._job is not None
-        self._send(Failed(self._job, self._generation, _one_line(error)), b"")
+        blames = SlotId(error.stage, error.slot) if isinstance(error, ShareError) else None
+        self._send(Failed(self._job, self._generation, _one_line(error), blames), b"")
 
     def _forget(self) -> None:
         """Abandon the generation: the unfinished step, gradients, conversations."""

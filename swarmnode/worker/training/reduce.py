@@ -15,7 +15,7 @@ from torch import Tensor
 from swarmnode.codec_specs import CodecSpec, for_size
 from swarmnode.compression.codec import Codec, Payload, codec_of
 from swarmnode.domain import SlotId
-from swarmnode.errors import DataError
+from swarmnode.errors import ShareError
 from swarmnode.worker.training.groups import Group, Parameter
 
 MAX_NORM_RATIO = 1000.0
@@ -76,7 +76,7 @@ class ShardSum:
     def add(self, source: SlotId, payload: Payload) -> Tensor | None:
         """Take the share of `source`; return the sum once all members are in it.
 
-        Raises: CodecError if a share does not decode, DataError that names an implausible one.
+        Raises: CodecError if a share does not decode, ShareError for an implausible one.
         """
         self._waiting[source] = payload
         while len(self._norms) < len(self._members):
@@ -97,20 +97,17 @@ def check_norms(norms: Mapping[SlotId, float]) -> None:
     Shares that are all zero say nothing: a slot need not have met any token of a shard. Where no
     share is finite, the run has diverged; that is for the coordinator to say.
 
-    Raises: DataError that names the slot.
+    Raises: ShareError.
     """
     if not any(math.isfinite(norm) for norm in norms.values()):
         return
     for slot, norm in norms.items():
-        where = f"the gradient of stage {slot.stage}, slot {slot.slot}"
         if not math.isfinite(norm):
-            raise DataError(f"{where} is not finite; it was not summed")
+            raise ShareError(slot.stage, slot.slot, "is not finite")
         others = [other for at, other in norms.items() if at != slot and 0 < other < math.inf]
         if others and norm > MAX_NORM_RATIO * median(others):
-            raise DataError(
-                f"{where} has norm {norm:.3g}, the median of the others is {median(others):.3g}; "
-                "it was not summed"
-            )
+            reason = f"has norm {norm:.3g}, the median of the others is {median(others):.3g}"
+            raise ShareError(slot.stage, slot.slot, reason)
 
 
 class ReducedGradient:
