@@ -3,15 +3,16 @@
 Three nodes train; a fourth, on an empty home, joins. As soon as the coordinator sees it, one of the
 others that host a slot is asked to end in order, so that the newcomer gets its part whatever the
 solver thinks of its speed: it fetches the state while the three go on, then they change places.
-Everything runs on one machine, so the newcomer's processes also take processor time from the others
-while they import their libraries; therefore the step times are told for the whole time, and for the
-part of it after the imports.
+Everything runs on one machine; so that the newcomer takes no processor time from the others, which
+it would not do at home, those who were there before run on the first core alone, the newcomer and
+this program on the last one.
 """
 
 import contextlib
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -30,6 +31,7 @@ BEFORE_S, AFTER_S = 10.0, 5.0
 KNOWN_S = 3.0
 """From when the coordinator's directory shows the newcomer until its job counts on it, at most."""
 LEAVE_S = 70.0
+CORES = os.sched_getaffinity(0)
 _PEERS_S = 0.1
 _NUM_IDLE = 3
 """So many looks in a row at a process that sleeps mean that its imports are done."""
@@ -145,22 +147,33 @@ def measure_joins(job: LongJob, num_joins: int, note: Callable[[str], None]) -> 
     """One newcomer after another; for each one goes, so that there are three again."""
     known = set(job.peers.values())
     for number in range(num_joins):
-        job.until_healthy()
-        job.witness.look()
         node = job.swarm.node(NUM_BEFORE + number)
         done = _measure(job, node, known)
         note(f"node {node.index} commits after {done.commit_s:.1f} s")
         yield done
 
 
+def pin(nodes: Iterable[LocalNode], core: int) -> None:
+    """Let all that these nodes have started, and will start, run on one core."""
+    for node in nodes:
+        for process in node.processes():
+            with contextlib.suppress(psutil.Error, OSError):
+                for thread in process.threads():
+                    os.sched_setaffinity(thread.id, {core})
+
+
 def _measure(job: LongJob, node: LocalNode, known: set[str]) -> Joined:
     steps = _Steps()
+    first, last = min(CORES), max(CORES)
+    os.sched_setaffinity(0, {last})
+    pin((job.swarm.node(index) for index in job.live()), first)
+    job.until_healthy()
     begin_s = time.monotonic()
     while time.monotonic() < begin_s + BEFORE_S:
         steps.see(job.look())
         time.sleep(LOOK_S)
     seen = _Seen(time.monotonic())
-    job.spawn([node.index])
+    job.spawn([node.index])  # on our core
     leaver = _follow(job, node, known, seen, steps)
     end_s = time.monotonic()
     if (status := leaver.wait_stopped(LEAVE_S)) != 0:

@@ -18,8 +18,6 @@ from swarmnode.config import NodeConfig
 from swarmnode.errors import SwarmError
 from swarmnode.http.api import JobView
 
-ENGINE = "swarmnode.worker.engine"
-DIRECTORY = "swarmnode.p2p.directory.child"
 NUM_LAYERS, NUM_STAGES, NUM_SLOTS = 4, 2, 2
 CALM_STEPS = 5
 """A generation trains once it has committed so many."""
@@ -82,15 +80,6 @@ def strike(processes: Iterable[psutil.Process]) -> float:
         with contextlib.suppress(psutil.Error):
             process.kill()
     return at_s
-
-
-def child_of(node: LocalNode, module: str) -> psutil.Process | None:
-    """The process of a node that runs `module`."""
-    for process in node.processes():
-        with contextlib.suppress(psutil.Error):
-            if module in process.cmdline():
-                return process
-    return None
 
 
 class LongJob:

@@ -40,13 +40,10 @@ from typing import Any
 from _environment import environment
 from _joining import JOIN_SIZE, NUM_BEFORE, joins_table, measure_joins
 from _long_job import (
-    DIRECTORY,
-    ENGINE,
     LIMIT_S,
     LOOK_S,
     LongJob,
     Size,
-    child_of,
     percentile,
     strike,
 )
@@ -103,7 +100,7 @@ class Kills:
     def _child(self) -> Recovery:
         view = self._training()
         node = self._chance.choice(self._hosts(view))
-        process = child_of(self._job.swarm.node(node), ENGINE)
+        process = self._job.swarm.node(node).child("worker")
         assert process is not None, f"node {node} hosts a slot without a process"
         view = self._training()
         at_s = strike([process])
@@ -120,7 +117,7 @@ class Kills:
 
     def _directory(self) -> Recovery:
         job, node = self._job, self._chance.randrange(NUM_NODES)
-        client, process = job.swarm.node(node).client, child_of(job.swarm.node(node), DIRECTORY)
+        client, process = job.swarm.node(node).client, job.swarm.node(node).child("directory")
         assert process is not None, f"node {node} has no directory"
         view = self._training()
         step, longest_s = view.step, 0.0

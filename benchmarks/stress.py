@@ -38,7 +38,7 @@ from _footprint import (
     sample_node,
     verdicts,
 )
-from _long_job import DIRECTORY, ENGINE, LongJob, Size, child_of, percentile, strike
+from _long_job import LongJob, Size, percentile
 from rich.console import Console
 from rich.progress import Progress
 
@@ -157,9 +157,7 @@ class Stress:
         """Of some node that has one."""
         nodes = sorted(self._job.ready())
         for node in self._chance.sample(nodes, len(nodes)):
-            module = ENGINE if what == "worker" else DIRECTORY
-            if (process := child_of(self._job.swarm.node(node), module)) is not None:
-                strike([process])
+            if self._job.swarm.node(node).kill_child(what):
                 return self._note(what, node)
         return None
 

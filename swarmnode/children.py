@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from swarmnode import leash
 from swarmnode.errors import ChildError
@@ -27,7 +27,7 @@ from swarmnode.pipes import (
     Pipe,
 )
 
-__all__ = ["Child", "ChildPipe", "Pipe", "leashed", "python_module", "spawn_child"]
+__all__ = ["Child", "ChildPipe", "Pipe", "leashed", "open_log", "python_module", "spawn_child"]
 
 _MAX_LOG_BYTES = 4 << 20
 _TAIL_BYTES = 2048
@@ -43,12 +43,23 @@ def leashed(argv: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *argv]
 
 
+class Process(Protocol):
+    """What a Child needs of its process: a `subprocess.Popen`, or a fork of somebody else's."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def kill(self) -> None: ...
+    def terminate(self) -> None: ...
+
+
 class Child:
     """A running child process and our end of its pipe."""
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: Process,
         pipe: Pipe,
         name: str,
         log: Path | None,
@@ -99,6 +110,16 @@ class Child:
             loop.remove_reader(pidfd)
             os.close(pidfd)
         return self._process.wait()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """SIGKILL it, if it lives, and let go of it: for a child that has nothing to finish."""
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
 
     async def stop(self, grace_s: float = 5.0) -> int:
         """End the child: end of file, after half of `grace_s` SIGTERM, after all of it SIGKILL.
@@ -154,7 +175,7 @@ def spawn_child(
     }
     with theirs, contextlib.ExitStack() as opened:
         try:
-            output = opened.enter_context(_open_log(log)) if log is not None else None
+            output = opened.enter_context(open_log(log)) if log is not None else None
             log_start = output.tell() if output is not None else 0
             process = subprocess.Popen(
                 leashed(argv),
@@ -170,7 +191,8 @@ def spawn_child(
     return Child(process, Pipe(ours, max_message_bytes=max_message_bytes), name, log, log_start)
 
 
-def _open_log(log: Path) -> BinaryIO:
+def open_log(log: Path) -> BinaryIO:
+    """Where a child's words go: appended, after emptying a file that has grown too long."""
     log.parent.mkdir(parents=True, exist_ok=True)
     file = log.open("ab")
     if file.tell() > _MAX_LOG_BYTES:

@@ -157,6 +157,11 @@ class Plan:
         """By slot number: who hosts the stage's slots, then who shadows it."""
         return self.slots[stage] + (self.shadows[stage] if self.shadows else ())
 
+    @property
+    def is_thin(self) -> bool:
+        """Whether a single machine holds some stage."""
+        return any(len(set(self.holders(stage))) < 2 for stage in range(self.num_stages))
+
     def computes(self, slot: SlotId) -> bool:
         """Whether `slot` is one that computes, and not a shadow or nothing at all."""
         return 0 <= slot.stage < self.num_stages and 0 <= slot.slot < self.num_slots

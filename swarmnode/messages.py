@@ -290,6 +290,8 @@ class Failed:
     job: JobId
     generation: Fence
     reason: Text
+    child_ended: bool = False
+    """The process that computes has ended: another one can be had at once."""
     blames: SlotId | None = None
 
 
@@ -359,7 +361,7 @@ class LinkReport(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a worker has sent so far, how busy it was, and what it has measured of its links.
+    """What a worker has sent and coded so far, how busy it was, and what its links are like.
 
     Sent with each step. `links` are those to other peers of the plan.
     """
@@ -370,7 +372,6 @@ class Traffic:
     """Seconds of computing since the last report."""
     links: Annotated[tuple[LinkReport, ...], Field(max_length=MAX_LINK_REPORTS)] = ()
     codings: Annotated[tuple[Coding, ...], Field(max_length=MAX_CODINGS)] = ()
-    """What its coding came to so far."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from swarmnode.p2p.prober import Prober
 from swarmnode.p2p.probing import Responder
 from swarmnode.p2p.switch import Switch
 from swarmnode.worker.models.tool import FactsDesk, export_model
+from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.probe import probe
 from swarmnode.worker.service import WorkerService
 from swarmnode.worker.tenancy import may_coordinate
@@ -97,6 +98,7 @@ class Services:
                 switch=switch,
                 device=device.kind if config.device == "auto" else config.device,
                 num_threads=self._limits.num_threads,
+                nursery=Nursery(self._limits.num_threads, home / "worker.log"),
                 on_sent=self.metrics.add_sent,
                 on_compute=self.metrics.add_compute,
                 on_coded=self.metrics.add_codings,

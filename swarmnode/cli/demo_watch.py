@@ -20,7 +20,6 @@ STALL_S = 120.0
 """A job that does not move for so long has failed."""
 PATIENCE_S = 30.0
 """For one answer after training, when a node that coordinates may just have been replaced."""
-_MODULES = {"worker": "swarmnode.worker.engine", "directory": "swarmnode.p2p.directory.child"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ class Trial:
         if strike.part == "node":
             self._ready -= {strike.node}
             node.kill()
-        elif not node.kill_child(_MODULES[strike.part]):
+        elif not node.kill_child(strike.part):
             self._killing.missed()
             return
         peer = self._peers[strike.node]

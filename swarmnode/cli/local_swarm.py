@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import psutil
 
@@ -21,6 +21,8 @@ from swarmnode.http.api import PeerView
 START_S = 90.0
 STOP_S = 15.0
 OUTPUT_FILE = "output.log"
+Part = Literal["worker", "directory"]
+"""Children of a daemon."""
 _MARK = "LOCAL_SWARM_NODE"
 """In the environment of every process of a node: which swarm and node it belongs to."""
 _TAIL_LINES = 12
@@ -115,13 +117,21 @@ class LocalNode:
             time.sleep(_LOOK_S)
         self.forget()
 
-    def kill_child(self, module: str) -> bool:
-        """SIGKILL the child process that runs `module`; False if there is none."""
-        for process in self.processes():
+    def child(self, part: Part) -> psutil.Process | None:
+        """The process that computes for a job, or the directory; None if there is none."""
+        with contextlib.suppress(SwarmError, psutil.Error):
+            for role, pid in self.client.node().pids.items():
+                if role.partition(":")[0] == part:
+                    return psutil.Process(pid)
+        return None
+
+    def kill_child(self, part: Part) -> bool:
+        """SIGKILL one child process; False if there is none."""
+        process = self.child(part)
+        if process is not None:
             with contextlib.suppress(psutil.Error):
-                if module in process.cmdline():
-                    process.kill()
-                    return True
+                process.kill()
+                return True
         return False
 
     def ask_to_stop(self) -> None:

@@ -184,7 +184,7 @@ class Forming:
         commits: tuple[Committed, ...] = (
             head.commits.since(self._sources.first_step, head.step) or ()
         )
-        bystanders = sorted(self.inquiry.voters - set(plan.workers()))
+        bystanders = sorted({*self.inquiry.voters, *plan.voters} - set(plan.workers()))
         adopts: list[Effect] = [Send(peer, Adopt(self.job, plan)) for peer in bystanders]
         return adopts + [
             Send(

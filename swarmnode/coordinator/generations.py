@@ -91,10 +91,8 @@ class Generations(JobState):
 
     def _is_awaited(self, peer: PeerId) -> bool:
         """Whether the plan at hand may need the word of this voter; who refused gives none."""
-        agreement = self._agreement
-        return (
-            agreement is not None and peer in agreement.voters and peer in agreement.granted
-        )  # fmt: skip
+        asked = self._agreement
+        return asked is not None and peer in asked.voters and peer in asked.granted
 
     def _on_tick(self, now_s: float) -> list[Effect]:
         self._publications.expire(now_s)
@@ -173,7 +171,7 @@ class Generations(JobState):
         plan, is_busy = self.plan, self._preparing or self._forming or self.replanning.chosen
         if plan is None or self.phase != "training" or is_busy or now_s < self._thin_until_s:
             return []
-        if all(len(set(plan.holders(s))) > 1 for s in range(plan.num_stages)):
+        if not plan.is_thin:
             return []
         self._thin_until_s = now_s + patience.SECOND_HOLDER_S
         decision = Decision(
@@ -253,7 +251,8 @@ class Generations(JobState):
         if inquiry.successor is not None:
             return self._hand_over(inquiry.successor)
         if not inquiry.is_settled(now_s):
-            if inquiry.is_refused and now_s - self._moved_s >= self._ask_again_s:
+            is_late = now_s - self._moved_s >= self._ask_again_s
+            if inquiry.is_refused and is_late and inquiry.is_heard_out(now_s):
                 return self._outbid(inquiry, now_s)
             return []
         finished = self._finish_step(forming, now_s)
@@ -330,10 +329,8 @@ class Generations(JobState):
         if self._preparing is not None:
             self._leftover |= self._preparing.newcomers.keys()
             self._preparing = None
-        self._leftover |= forming.inquiry.granted.keys() | set(
-            self.plan.workers() if self.plan else ()
-        )
-        self._leftover -= kept
+        before = self.plan.workers() if self.plan else ()
+        self._leftover = (self._leftover | {*forming.inquiry.granted, *before}) - kept
         effects: list[Effect] = [Write(on.StartedRecord.of(plan, self.step))]
         effects += forming.assignments(plan, self.head)
         self._forming, self._agreement = None, forming.inquiry
@@ -355,7 +352,7 @@ class Generations(JobState):
     def _begin_generation(self) -> list[Effect] | None:
         """Once all have their states and a majority has the plan: nobody can begin another one.
 
-        Who gave states and is not needed any more may forget the job. None while some are missing.
+        All others may forget it then, unless some stage has one holder. None: some are missing.
         """
         plan, agreement = self.plan, self._agreement
         assert plan is not None
@@ -365,9 +362,10 @@ class Generations(JobState):
         if not agreement.is_majority(self._placed | self._adopted):
             return None
         self.is_begun = True
-        leftover, self._leftover = sorted(self._leftover), set()
+        let_go = set(filter(self.pool.leaves, self._leftover)) if plan.is_thin else self._leftover
+        self._leftover = self._leftover - let_go
         effects: list[Effect] = [Write(on.BegunRecord(plan.generation))]
-        for peer in leftover:
+        for peer in sorted(let_go):
             effects += [Send(peer, Release(self.job, "others do it now")), Hangup(peer)]
         return effects
 
@@ -383,9 +381,11 @@ class Generations(JobState):
         self._broken_links.clear()
         self._evaluation_due = self.is_evaluation_due(self.step)
 
-    def _on_failed(self, peer: PeerId, reason: str, now_s: float) -> list[Effect]:
+    def _on_failed(
+        self, peer: PeerId, reason: str, now_s: float, *, child_ended: bool = False
+    ) -> list[Effect]:
         """A worker cannot do its part: go on without it, unless nobody can."""
-        self.pool.failed(peer, now_s)
+        self.pool.failed(peer, now_s, child_ended=child_ended)
         self.reason = f"{peer}: {reason}"
         if self.pool.is_hopeless(patience.MAX_STRIKES):
             return self._end("failed", self.reason)

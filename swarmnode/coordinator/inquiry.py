@@ -136,6 +136,12 @@ class Inquiry:
         missing = self._asked_s.keys() - self._lost - self.granted.keys() - self._refused.keys()
         return not missing or now_s - self._agreed_s >= GRACE_S
 
+    def is_heard_out(self, now_s: float) -> bool:
+        """Whether no voter's answer is on its way: one more may show whom a majority follows."""
+        pending = self.voters & self._asked_s.keys() - self._lost
+        pending -= self.granted.keys() | self._refused.keys()
+        return all(now_s - self._asked_s[peer] >= GRACE_S for peer in pending)
+
     def readies(self, plan: Plan, step: int) -> list[Ready]:
         """What holders of `plan` said of `step`, as far as their logs have the update."""
         return [

@@ -114,10 +114,8 @@ class Journal:
         """Rewrite the file without what no catching-up worker and no checkpoint needs any more."""
         if len(self._stops) <= FOLD_AT_LINES:
             return
-        records, _ = read_journal(self._path)
-        folded = fold(records)
+        folded = fold_file(self._path)
         lines = [_line(record) for record in folded]
-        write_durably(self._path, b"".join(lines))
         self._file.close()
         self._file = self._path.open("ab", buffering=0)
         self._stops = [sum(map(len, lines[: i + 1])) for i in range(len(lines))]
@@ -126,6 +124,13 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def fold_file(path: Path) -> list[Record]:
+    """Fold a journal that nobody has open for writing, in one piece; its records then."""
+    folded = fold(read_journal(path)[0])
+    write_durably(path, b"".join(map(_line, folded)))
+    return folded
 
 
 def fold(records: Sequence[Record]) -> list[Record]:

@@ -40,15 +40,21 @@ class Pool:
         pause_s = min(MAX_COOL_DOWN_S, COOL_DOWN_S * 2.0 ** min(strikes, 10))
         self._barred[peer] = (now_s + pause_s, known_until_s)
 
-    def failed(self, peer: PeerId, now_s: float) -> None:
-        """The peer is here and cannot do its part."""
+    def failed(self, peer: PeerId, now_s: float, *, child_ended: bool = False) -> None:
+        """The peer is here and cannot do its part; the first time that only its child has ended,
+        it may try again at once."""
         self._failures[peer] += 1
-        self.bar(peer, now_s)
+        if not child_ended or self._failures[peer] > 1:
+            self.bar(peer, now_s)
 
     def leave(self, peer: PeerId) -> None:
         """The peer will go: no work for it until it has been started again."""
         advert = self._alive.get(peer)
         self._leaving[peer] = advert.incarnation if advert else 0
+
+    def leaves(self, peer: PeerId) -> bool:
+        """Whether the peer has said that it will go."""
+        return peer in self._leaving
 
     def forgive(self, peers: Sequence[PeerId]) -> None:
         """These did their part of a step: their strikes are forgotten."""

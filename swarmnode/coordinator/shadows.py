@@ -8,6 +8,8 @@ from swarmnode.domain import Advert, ModelFacts, PeerId
 from swarmnode.manifest import PlacedJob
 
 NUM_HOLDERS = 2
+MIN_VOTERS = 3
+"""Of two, one alone is no majority: idle machines vote too where fewer hold anything."""
 MAX_VOTERS = 7
 """More would make every agreement slower, and no safer against what happens at home."""
 
@@ -65,6 +67,9 @@ def choose_voters(
     shadows: Sequence[Sequence[PeerId]],
     granted: Mapping[PeerId, object],
 ) -> tuple[PeerId, ...]:
-    """Who decides about the next generation, in order of succession: `me`, then the holders."""
+    """Who decides about the next generation, in order of succession: `me`, then the holders, then
+    idle machines if there are too few."""
     holders = [peer for grid in (slots, shadows) for row in grid for peer in row]
-    return tuple(peer for peer in dict.fromkeys((me, *holders)) if peer in granted)[:MAX_VOTERS]
+    voters = [peer for peer in dict.fromkeys((me, *holders)) if peer in granted][:MAX_VOTERS]
+    idle = sorted(granted.keys() - set(voters))
+    return (*voters, *idle[: max(0, MIN_VOTERS - len(voters))])

@@ -4,7 +4,13 @@ import os
 from pathlib import Path
 
 from swarmnode.coordinator.events import CheckpointRecord, Record, StartedRecord
-from swarmnode.coordinator.journal import count_lines, parse_line, read_journal
+from swarmnode.coordinator.journal import (
+    FOLD_AT_LINES,
+    count_lines,
+    fold_file,
+    parse_line,
+    read_journal,
+)
 from swarmnode.domain import JobId
 
 JOURNAL_FILE = "journal"
@@ -15,13 +21,16 @@ class StandbyJournals:
 
     A coordinator that begins to tell its journal again, from line 0, fills a second copy; that
     one takes the first one's place once it is of a later generation, or of the same and as long:
-    nothing is forgotten on the way.
+    nothing is forgotten on the way. Long copies are folded at a checkpoint, as the journal itself.
     Raises: OSError where the disk is full or broken.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._counts: dict[Path, int] = {}
+        """Lines that a copy tells of, the folded ones included."""
+        self._lengths: dict[Path, int] = {}
+        """Lines that are in its file."""
 
     def path(self, job: JobId) -> Path:
         return self._directory / job / JOURNAL_FILE
@@ -44,7 +53,7 @@ class StandbyJournals:
         if number == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             again.unlink(missing_ok=True)
-            self._counts[again] = 0
+            self._counts[again] = self._lengths[again] = 0
         target = again if again.exists() or number == 0 else path
         if number != self._count(target):
             return []
@@ -53,9 +62,14 @@ class StandbyJournals:
             file.flush()
             os.fsync(file.fileno())
         self._counts[target] = number + count_lines(records)
+        self._lengths[target] += len(records)
         if target == again and _recency(again) >= _recency(path):
             again.replace(path)
             self._counts[path] = self._counts.pop(again)
+            self._lengths[path] = self._lengths.pop(again)
+        is_whole = any(isinstance(record, CheckpointRecord) for record in records)
+        if is_whole and self._lengths.get(path, 0) > FOLD_AT_LINES:
+            self._lengths[path] = len(fold_file(path))
         return records
 
     def checkpoints(self) -> list[list[CheckpointRecord]]:
@@ -79,7 +93,7 @@ class StandbyJournals:
                 with path.open("r+b") as file:  # an earlier life may have left a torn tail, and
                     file.truncate(whole_bytes)  # lines that were not on the disk yet
                     os.fsync(file.fileno())
-            self._counts[path] = count_lines(records)
+            self._counts[path], self._lengths[path] = count_lines(records), len(records)
         return self._counts[path]
 
 

@@ -121,7 +121,8 @@ class SimChildHost:
         if self._child is not None:
             self._drop_child()
             generation = self.plan.generation if self.plan else Generation(0)
-            self._post(Failed(self._manifest.job, generation, "the worker child ended"))
+            reason = "the worker child ended"
+            self._post(Failed(self._manifest.job, generation, reason, child_ended=True))
 
     def _drop_child(self) -> None:
         if self._child is not None:

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from swarmnode.children import Child, python_module, spawn_child
+from swarmnode.children import Child
 from swarmnode.codings import MAX_CODINGS, Coding, total
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.engine_messages import (
@@ -127,7 +127,7 @@ class ChildHost:
         assign = Assign(self._job, plan, prepare.step, prepare.sources, b"")
         try:
             if self._child is None:
-                self._start_child()
+                await self._start_child()
             stages = keeper.expect(stage for stage, _ in prepare.sources)
             planned = plan_handoffs(assign, tools.me, self._manifest, keeper, stages)
             fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
@@ -154,7 +154,7 @@ class ChildHost:
             fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
             bases = await gather(assign, self._manifest, planned, keeper, fetcher, tools.me)
             if self._child is None:
-                self._start_child()
+                await self._start_child()
             configure = Configure(
                 job=self._job,
                 peer=tools.me,
@@ -195,15 +195,11 @@ class ChildHost:
 
     # ---- the child -------------------------------------------------------------------------
 
-    def _start_child(self) -> None:
+    async def _start_child(self) -> None:
         assert self._group is not None
+        child = await self._tools.nursery.child(f"worker child of job {self._job}")
         self._is_warm.clear()
-        self._child = spawn_child(
-            python_module("swarmnode.worker.engine"),
-            env={"OMP_NUM_THREADS": str(self._tools.num_threads), "TOKENIZERS_PARALLELISM": "0"},
-            name=f"worker child of job {self._job}",
-            log=self._keeper.directory / "worker.log",
-        )
+        self._child = child
         self._group.create_task(self._read_child(self._child), name=f"child of {self._job}")
 
     async def send(
@@ -232,7 +228,7 @@ class ChildHost:
             self._is_warm.set()
             self._keeper.memory.clear()
             generation = self.plan.generation if self.plan else Generation(0)
-            self._post(Failed(self._job, generation, str(error)[:1000]))
+            self._post(Failed(self._job, generation, str(error)[:1000], child_ended=True))
             await child.stop(grace_s=0.1)
 
     async def _from_child(self, message: Message | EngineMessage, payload: memoryview) -> None:

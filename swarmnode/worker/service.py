@@ -49,6 +49,10 @@ class WorkerService:
         drop_old_folders(tools.directory, time.time())
         transport.serve(CONTROL_PROTOCOL, self._accept, max_message_bytes=MAX_CONTROL_BYTES)
 
+    async def nurse(self) -> None:
+        """Have a child at hand that can compute at once, while there are jobs."""
+        await self._tools.nursery.run()
+
     def hosts(self) -> tuple[JobHost, ...]:
         """The jobs that this node works for now."""
         return tuple(host for _, host in sorted(self._hosts.items()) if host.is_running)
@@ -129,7 +133,8 @@ class WorkerService:
         """Hold one job until its end; what goes wrong in it ends it, and nothing else."""
         self._log("job taken", job=host.job, name=host.manifest.name)
         try:
-            await host.run()
+            with self._tools.nursery.wanted():
+                await host.run()
         except* Exception as failures:
             self._log("job failed", job=host.job, reason=str(first_error(failures)))
         finally:

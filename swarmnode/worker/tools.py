@@ -13,6 +13,7 @@ from swarmnode.messages import (
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.switch import Switch
+from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.tenancy import VerifyLease, is_voter
 
 
@@ -44,6 +45,7 @@ class HostTools:
     switch: Switch
     device: str
     num_threads: int
+    nursery: Nursery
     on_sent: Callable[[str, int], None]
     on_compute: Callable[[float], None]
     on_coded: Callable[[Iterable[Coding]], None] = _ignore_codings

@@ -3,7 +3,7 @@
 import pytest
 
 from swarmnode.coordinator.events import CommitRecord
-from tests.chaos.trial import DIRECTORY, ENGINE, Outcome, Trial, placings, suspend, until
+from tests.chaos.trial import Outcome, Trial, placings, suspend, until
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 
@@ -13,10 +13,10 @@ def test_worker_processes_are_killed(trial: Trial, undisturbed: Outcome) -> None
     job = trial.submit("killed")
     before = job.reaches(3)
     first, second = (trial.node(index) for index in job.workers(before)[:2])
-    assert first.kill_child(DIRECTORY)
+    assert first.kill_child("directory")
     view = job.reaches(before.step + 3)
     assert view.generation == before.generation
-    assert first.kill_child(ENGINE)
+    assert first.kill_child("worker")
     view = job.goes_on(view)
     assert view.phase == "training", "the machine was too fast for the test"
     second.kill()

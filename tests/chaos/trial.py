@@ -25,8 +25,6 @@ from tests.processes.conftest import TINY_LLAMA, job_file
 NODES, STEPS, EVERY, SEED = 4, 24, 8, 7
 TINY = {**TINY_LLAMA, "hidden_size": 32, "intermediate_size": 64}
 GRID = {"stages": 2, "slots": 2, "layers": [2, 2]}
-ENGINE = "swarmnode.worker.engine"
-DIRECTORY = "swarmnode.p2p.directory.child"
 LIMIT_S = 90.0
 _LOOK_S = 0.02
 

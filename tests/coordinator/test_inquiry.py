@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from swarmnode.coordinator.inquiry import Inquiry
+from swarmnode.coordinator.inquiry import GRACE_S, Inquiry
 from swarmnode.domain import Generation, JobId, PeerId, Plan
 from swarmnode.messages import Answer, Held
 
@@ -63,6 +63,19 @@ def test_a_majority_is_needed_or_half_with_the_coordinator_so_far(
 ) -> None:
     inquiry = asked(me, plan("a", voters), is_begun=True)
     assert inquiry.is_majority(set(peers(agreed))) is enough
+
+
+def test_a_refused_candidate_hears_the_other_voters_out_before_it_asks_for_more() -> None:
+    """The second refusal shows that a majority follows somebody else (seed 4277 of faults.toml)."""
+    inquiry = asked("a", plan("a", "abc"), is_begun=True)
+    inquiry.heard(PeerId("a"), grant("a"), 0.1)
+    inquiry.heard(PeerId("b"), refusal(12, "c", in_touch=True), 0.2)
+    assert inquiry.is_refused
+    assert not inquiry.is_heard_out(0.3)
+    assert inquiry.is_heard_out(GRACE_S), "who says nothing is not waited for"
+    inquiry.heard(PeerId("c"), refusal(12, "c", in_touch=True), 0.4)
+    assert inquiry.is_heard_out(0.4)
+    assert inquiry.successor == "c"
 
 
 def test_who_began_nothing_yet_wins_no_tie_among_the_voters_before() -> None:

@@ -254,7 +254,7 @@ def test_who_is_blamed_for_a_failure_is_who_loses_its_slots() -> None:
     reporter, culprit = plan.slots[0][0], plan.slots[1][0]
     assert reporter != culprit
     bench.forget_messages()
-    said = Failed(bench.ledger.job, bench.ledger.generation, "not finite", SlotId(1, 0))
+    said = Failed(bench.ledger.job, bench.ledger.generation, "not finite", blames=SlotId(1, 0))
     bench.feed(on.Heard(reporter, said))
     assert bench.ledger.reason.startswith(f"{culprit}: not finite")
 

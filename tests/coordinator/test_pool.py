@@ -20,3 +20,15 @@ def test_a_peer_that_was_only_lost_leaves_hope_and_one_that_failed_does_not() ->
     assert pool.usable(5.0) == ()
     pool.forgive([A])
     assert not pool.is_hopeless(2)
+
+
+def test_a_peer_whose_child_ended_may_try_again_at_once_but_not_twice() -> None:
+    pool = Pool()
+    pool.see([advert("a")], 0.0)
+    pool.failed(A, 1.0, child_ended=True)
+    assert [usable.peer for usable in pool.usable(1.0)] == [A]
+    pool.failed(A, 2.0, child_ended=True)
+    assert pool.usable(2.0) == ()
+    pool.forgive([A])
+    pool.failed(A, 3.0)
+    assert pool.usable(3.0) == (), "what it cannot do now, it cannot do a moment later"

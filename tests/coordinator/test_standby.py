@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from swarmnode.coordinator.events import EndRecord, EvaluationRecord
+from swarmnode.coordinator.events import CheckpointRecord, EndRecord, EvaluationRecord
 from swarmnode.coordinator.journal import Journal, read_journal
 from swarmnode.coordinator.standby import StandbyJournals
 from swarmnode.domain import JobId
@@ -67,6 +67,27 @@ def test_a_journal_that_is_told_again_replaces_the_old_one_only_once_it_is_as_lo
     assert losses_of(standby) == [4.0, 3.0, 2.0]
     standby.take(JOB, 3, new[3])
     assert losses_of(standby) == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_a_long_copy_is_folded_at_a_checkpoint_and_counts_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmnode.coordinator.standby.FOLD_AT_LINES", 8)
+    monkeypatch.setattr("swarmnode.coordinator.journal.MAX_COMMITTED", 4)
+    lines_of(tmp_path / "journal", [float(n) for n in range(20)])
+    journal = Journal(tmp_path / "journal")
+    journal.append(CheckpointRecord(20, ()))
+    journal.close()
+    lines = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
+    standby = StandbyJournals(tmp_path / "standby")
+    standby.take(JOB, 0, b"".join(lines[:20]))
+    assert len(losses_of(standby)) == 20, "only a checkpoint makes lines superfluous"
+    standby.take(JOB, 20, lines[20])
+    assert len(losses_of(standby)) < 8
+    assert standby.num_lines(JOB) == 21
+    again = StandbyJournals(tmp_path / "standby")
+    assert again.num_lines(JOB) == 21
+    assert again.take(JOB, 21, lines[0]), "the next line follows on it"
 
 
 def test_damaged_lines_change_nothing(tmp_path: Path) -> None:

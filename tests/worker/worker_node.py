@@ -26,6 +26,7 @@ from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.p2p.switch import Switch
 from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
+from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.service import WorkerService
 from swarmnode.worker.tools import HostTools
 
@@ -87,6 +88,7 @@ class Node:
             switch=Switch(transport, group, self._count, lambda _kind, _bytes: None),
             device="cpu",
             num_threads=1,
+            nursery=Nursery(1, folder / "worker.log"),
             on_sent=lambda _kind, _bytes: None,
             on_compute=lambda _seconds: None,
             links=lambda: self.links,

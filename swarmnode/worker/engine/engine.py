@@ -242,7 +242,7 @@ class Engine:
         self._forget()
         assert self._job is not None
         blames = SlotId(error.stage, error.slot) if isinstance(error, ShareError) else None
-        self._send(Failed(self._job, self._generation, _one_line(error), blames), b"")
+        self._send(Failed(self._job, self._generation, _one_line(error), blames=blames), b"")
 
     def _forget(self) -> None:
         """Abandon the generation: the unfinished step, gradients, conversations."""
