@@ -1,5 +1,7 @@
 """Error feedback in training: residuals last exactly as long as the steps that they come from."""
 
+import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from engine_swarm import PLACEMENTS, WIDE, Step, Swarm, make_manifest
 
 from swarmnode.codec_specs import parse_spec
 from swarmnode.compression.codec import codec_of
-from swarmnode.domain import Generation, PeerId, SlotId
+from swarmnode.domain import BlobRef, Generation, PeerId, SlotId
 from swarmnode.engine_messages import Base, Replay
 from swarmnode.manifest import CodecConfig, Manifest
 from swarmnode.messages import Commit, Failed, Frame, Ready
@@ -124,38 +126,14 @@ def test_a_step_that_is_computed_again_gives_the_same_bits(
     assert all(e._residuals.num_dropped == 0 for e in swarm.engines.values())
 
 
-def go_on_behind_an_unheard_commit(swarm: Swarm, step: int) -> None:
-    """All are ready for `step`; `a` and `c` hear the Commit, `b` and `d` replay their logs."""
-    swarm.begin(step)
-    swarm.pump()
-    swarm.take(Ready)
-    for peer in ("a", "c"):
-        commit = Commit(swarm.manifest.job, Generation(swarm.generation), step, 1.0)
-        swarm.tell(PeerId(peer), commit)
-    swarm.pump()
-    swarm.received.clear()
-
-    def base(peer: PeerId, stage: int) -> Base:
-        if peer in ("a", "c"):
-            return Base(stage, "keep", step + 1)
-        path = UpdateLog(swarm.home / peer / f"stage-{stage}").update_path(step)
-        return Base(stage, "keep", step, replays=(Replay(step, 1.0, str(path)),))
-
-    swarm.start(step + 1, base)
-
-
 def test_who_did_not_hear_of_a_commit_keeps_what_it_owes_behind_it(
-    manifest: Manifest, blobs: Path
+    manifest: Manifest, undisturbed: list[Step], blobs: Path
 ) -> None:
-    manifest = manifest.model_copy(
-        update={"optimizer": manifest.optimizer.model_copy(update={"clip_norm": 0.0})}
-    )
-    steps = run(manifest, blobs).history  # type: ignore[attr-defined]
     swarm = Swarm(manifest, PLACEMENTS["four"], blobs)
     swarm.configure()
-    assert swarm.step(0) == steps[0]
-    go_on_behind_an_unheard_commit(swarm, 1)
-    assert [swarm.step(step) for step in range(2, NUM_STEPS)] == steps[2:]
+    swarm.step(0)
+    commit_unheard(swarm, 1, ["b", "d"])
+    assert [swarm.step(step) for step in range(2, NUM_STEPS)] == undisturbed[2:]
     assert all(e._residuals.num_dropped == 0 for e in swarm.engines.values())
 
 
@@ -230,7 +208,7 @@ def test_another_cut_forgets_what_meant_other_values() -> None:
     residuals, codec = Residuals(), codec_of(parse_spec("int2/32"))
     residuals.begin("one", 0, lambda _: None)
     residuals.encode(Sent("share", SlotId(0, 0), 0, 0), torch.linspace(0, 1, 64), codec, 0)
-    residuals.committed()
+    residuals.committed(0)
     residuals.begin("one", 1, lambda _: None)
     assert residuals.num_held == 1
     residuals.begin("another", 1, lambda _: None)
@@ -309,3 +287,82 @@ def test_where_no_share_is_finite_the_coordinator_hears_of_it(blobs: Path) -> No
     swarm.pump()
     (ready,) = swarm.take(Ready)
     assert replace(ready).sums_of_squares[0][1] != ready.sums_of_squares[0][1], "NaN"
+
+
+# ---- many troubles in a row ----------------------------------------------------------------------
+
+
+HOSTS = [[["a", "b"], ["c", "d"]], [["a", "b"], ["d", "c"]], [["b", "a"], ["c", "d"]]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_trouble_changes_a_bit_while_every_slot_stays_where_its_residual_is(
+    manifest: Manifest, undisturbed: list[Step], blobs: Path, seed: int
+) -> None:
+    """Steps are cut anywhere, again and again, or begin behind a Commit that some did not hear."""
+    drawn = random.Random(seed)
+    swarm = Swarm(manifest, PLACEMENTS["four"], blobs, shuffle=seed + 1)
+    swarm.configure()
+    for step in range(NUM_STEPS):
+        while drawn.random() < 0.5:
+            swarm.begin(step)
+            swarm.pump(max_units=drawn.randrange(40))
+            swarm.take(Ready)
+            swarm.network.clear()
+            swarm.configure(step, "keep")
+        if drawn.random() < 0.3:
+            deaf = drawn.sample("abcd", drawn.randint(1, 3))
+            assert commit_unheard(swarm, step, deaf) == undisturbed[step].updates
+        else:
+            assert swarm.step(step) == undisturbed[step]
+    assert all(e._residuals.num_dropped == 0 for e in swarm.engines.values())
+    assert set(swarm.dropped()) <= {"generation", "commit"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_that_move_lose_what_they_owe_and_nothing_else(
+    manifest: Manifest, blobs: Path, seed: int
+) -> None:
+    """`Swarm.commit` checks that all holders agree; each step is committed once, by all."""
+    drawn = random.Random(seed)
+    swarm = Swarm(manifest, HOSTS[0], blobs, shuffle=seed + 1)
+    swarm.configure()
+    for step in range(NUM_STEPS):
+        if drawn.random() < 0.6:
+            swarm.begin(step)
+            swarm.pump(max_units=drawn.randrange(40))
+            swarm.take(Ready)
+            swarm.network.clear()
+            swarm.slots = drawn.choice(HOSTS)
+            swarm.configure(step, "keep")
+        swarm.step(step)
+        assert {state.step for state in swarm.states().values()} == {step + 1}
+    for engine in swarm.engines.values():
+        held = engine._residuals._by_tensor
+        assert {each.step for each in held.values()} <= {NUM_STEPS - 1}
+        hosted = engine._setup.hosted if engine._setup is not None else ()
+        assert {key.slot for key in held} <= set(hosted)
+
+
+def commit_unheard(swarm: Swarm, step: int, deaf: list[str]) -> tuple[BlobRef, ...]:
+    """Commit `step`, which `deaf` do not hear and replay; the updates by stage."""
+    swarm.begin(step)
+    swarm.pump()
+    readies = {ready.source: ready for ready in swarm.take(Ready)}
+    squares = {group: value for r in readies.values() for group, value in r.sums_of_squares}
+    clip = swarm.manifest.optimizer.clip_norm
+    scale = min(1.0, clip / (math.sqrt(math.fsum(squares.values())) + 1e-6))
+    for peer in sorted(set("abcd") - set(deaf)):
+        commit = Commit(swarm.manifest.job, Generation(swarm.generation), step, scale)
+        swarm.tell(PeerId(peer), commit)
+    swarm.pump()
+    swarm.received.clear()
+
+    def base(peer: PeerId, stage: int) -> Base:
+        if peer not in deaf:
+            return Base(stage, "keep", step + 1)
+        path = UpdateLog(swarm.home / peer / f"stage-{stage}").update_path(step)
+        return Base(stage, "keep", step, replays=(Replay(step, scale, str(path)),))
+
+    swarm.start(step + 1, base)
+    return tuple(readies[SlotId(stage, 0)].update for stage in range(2))

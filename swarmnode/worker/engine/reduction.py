@@ -124,7 +124,7 @@ class Reduction:
                 for name, view in setup.reduced[index].views.items()
             }
             state.apply(views, num_steps=setup.manifest.num_steps)
-        setup.residuals.committed()
+        setup.residuals.committed(self._step)
         if setup.deltas is not None:
             setup.deltas.commit()
 

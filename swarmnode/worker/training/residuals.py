@@ -36,9 +36,9 @@ class _Open(NamedTuple):
 class Residuals:
     """The residuals of one node, from generation to generation.
 
-    encode ...; committed() when the step's Commit is applied; interrupted() when the generation
-    ends before. begin() then says where the next generation goes on: at the same step, or at the
-    one after it, where the step was committed without this node's hearing of it.
+    encode ...; committed() when the step's Commit is applied. A generation may end before; begin()
+    then says where the next one goes on: at the same step, or at the one after it, where the step
+    was committed without this node's hearing of it.
     """
 
     def __init__(self) -> None:
@@ -85,9 +85,10 @@ class Residuals:
         if step == self._step:
             self._logged[stage] = update
 
-    def committed(self) -> None:
-        """The step at hand was committed: what it lost is owed from now on."""
+    def committed(self, step: int) -> None:
+        """`step` was committed: what it lost is owed from now on, and nothing else."""
         self._end(lambda _: True)
+        self._drop_all_but(step)
 
     def begin(self, layout: object, step: int, update_of: Callable[[int], BlobRef | None]) -> None:
         """A generation begins with `step`; only a residual of the step before it is of use.
@@ -105,7 +106,7 @@ class Residuals:
             if self._open and self._step == step - 1 and update_of(stage) == logged
         }
         self._end(lambda key: key.slot.stage in confirmed)
-        self._drop({key for key, each in self._by_tensor.items() if each.step != step - 1})
+        self._drop_all_but(step - 1)
 
     def _end(self, is_committed: Callable[[Sent], bool]) -> None:
         for key, (pending, payload, codec) in self._open.items():
@@ -117,6 +118,9 @@ class Residuals:
                 feedback.rollback(pending)
         self._open.clear()
         self._logged.clear()
+
+    def _drop_all_but(self, step: int) -> None:
+        self._drop({key for key, each in self._by_tensor.items() if each.step != step})
 
     def _drop(self, keys: set[Sent]) -> None:
         for key in keys:
