@@ -202,6 +202,7 @@ def test_a_residual_that_comes_back_late_is_dropped(manifest: Manifest, blobs: P
     swarm.start(3, base)
     late = swarm.engines[PeerId("b")]._residuals
     assert (late.num_held, late.num_dropped) == (0, number)
+    assert swarm.engines[PeerId("b")].dropped["residual"] == number
 
 
 def test_another_cut_forgets_what_meant_other_values() -> None:

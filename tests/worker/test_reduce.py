@@ -121,6 +121,7 @@ A, B, C = members(3)
         ({A: float("inf"), B: 1.0}, "slot 0"),
         ({A: float("inf"), B: float("nan")}, None),
         ({A: float("nan")}, None),
+        ({A: 1e-6, B: 2e-6, SlotId(1, 0): 1.0, SlotId(1, 1): 2.0}, None),
     ],
 )
 def test_a_share_that_would_drown_the_others_is_named(

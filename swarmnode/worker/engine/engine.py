@@ -81,7 +81,7 @@ class Engine:
         self._compute_s = 0.0
         self._sessions_first = True
         self.dropped: Counter[str] = Counter()
-        """How many messages were ignored, by reason."""
+        """How many messages were ignored, by reason; and residuals that were of no use."""
 
     def handle(self, message: Message | EngineMessage, payload: Payload = b"") -> None:
         """Take one message. Frames are only checked and kept; the rest is done at once."""
@@ -162,7 +162,10 @@ class Engine:
         self._directory = Path(configure.log_directory)
         plan = configure.plan
         layout = (configure.job, manifest.codecs.gradient, plan.layers, plan.num_slots)
+        before = self._residuals.num_dropped
         self._residuals.begin(layout, configure.step, partial(committed_update, configure))
+        if num_dropped := self._residuals.num_dropped - before:
+            self.dropped["residual"] += num_dropped
         self._setup = setup = make_setup(
             configure, manifest, self._held, self._make_log, self._residuals, self._meter
         )

@@ -94,6 +94,7 @@ class ShardSum:
 def check_norms(norms: Mapping[SlotId, float]) -> None:
     """Refuse a share that is not finite, or so large that it would drown the others.
 
+    Compared are slots of one stage: those of a tied head have other norms than the embedding's.
     Shares that are all zero say nothing: a slot need not have met any token of a shard. Where no
     share is finite, the run has diverged; that is for the coordinator to say.
 
@@ -104,7 +105,11 @@ def check_norms(norms: Mapping[SlotId, float]) -> None:
     for slot, norm in norms.items():
         if not math.isfinite(norm):
             raise ShareError(slot.stage, slot.slot, "is not finite")
-        others = [other for at, other in norms.items() if at != slot and 0 < other < math.inf]
+        others = [
+            other
+            for at, other in norms.items()
+            if at != slot and at.stage == slot.stage and 0 < other < math.inf
+        ]
         if others and norm > MAX_NORM_RATIO * median(others):
             reason = f"has norm {norm:.3g}, the median of the others is {median(others):.3g}"
             raise ShareError(slot.stage, slot.slot, reason)
