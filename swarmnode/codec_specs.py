@@ -17,9 +17,10 @@ CODE is none, bf16 or intB[/G], in blocks of 128 unless it says otherwise.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Literal
 
 from swarmnode.errors import ManifestError
@@ -141,6 +142,11 @@ class CodecSpec:
         return replace(self, memory="none")
 
     @property
+    def cold(self) -> "CodecSpec":
+        """How a tensor travels that the peer has never had before, as in an evaluation."""
+        return CodecSpec("bf16") if self.memory == "delta" else self.stateless
+
+    @property
     def is_dense(self) -> bool:
         """Whether every value of a tensor is coded."""
         return self.period == 1 and self.top is None and not self.rank
@@ -216,13 +222,13 @@ def _period(text: str | None) -> int:
     return period if 2 <= period <= MAX_PERIOD and f"{1 / period:g}" == text else 0
 
 
-def stateless_spec(text: str) -> CodecSpec:
-    """The spec that `text` names, of a codec without a memory.
+def spec_with(text: str, *memories: Memory) -> CodecSpec:
+    """The spec that `text` names, of a codec with no memory, or with one of `memories`.
 
-    Raises: ManifestError if there is no such codec, or if it needs a memory.
+    Raises: ManifestError if there is no such codec, or if it needs another memory.
     """
     spec = parse_spec(text)
-    if spec.memory != "none":
+    if spec.memory not in ("none", *memories):
         raise ManifestError(
             f"codec {text!r} keeps a memory, which cannot be asked for here; "
             f"use {str(spec.stateless)!r}"
@@ -230,9 +236,17 @@ def stateless_spec(text: str) -> CodecSpec:
     return spec
 
 
+def stateless_spec(text: str) -> CodecSpec:
+    """The spec that `text` names, of a codec without a memory. Raises: ManifestError."""
+    return spec_with(text)
+
+
 def wire_share(text: str, shape: Sequence[int] = (SHARE_ELEMENTS,)) -> float:
-    """Coded bytes over float32 bytes, for a tensor of `shape`; a long vector unless given."""
-    return stateless_spec(text).wire_bytes(shape, 4) / (4 * math.prod(shape))
+    """Coded bytes over float32 bytes, for a tensor of `shape`; a long vector unless given.
+
+    With a delta: those of a change, not of a first visit.
+    """
+    return parse_spec(text).stateless.wire_bytes(shape, 4) / (4 * math.prod(shape))
 
 
 def for_size(spec: CodecSpec, num_values: int) -> CodecSpec:
@@ -245,3 +259,28 @@ def for_size(spec: CodecSpec, num_values: int) -> CodecSpec:
     if is_mild or num_values >= SMALL_ELEMENTS:
         return spec
     return CodecSpec("bf16", memory=spec.memory)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The codec specs of one kind of link."""
+
+    activation: str
+    """Hidden states, forward."""
+    activation_gradient: str
+    """Their gradients, backward."""
+    gradient: str
+    """Parameter gradients."""
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "home": Preset("int8", "int8", "int8"),
+        "slow": Preset("int4/32", "int8", "int8"),
+        "lan": Preset("bf16", "bf16", "bf16"),
+        "fidelity": Preset("none", "none", "none"),
+    }
+)
+"""home: lines of tens of megabits and more. slow: below that; coarser forward only, because
+gradients bear less. lan: fast networks. fidelity: nothing is lost, to compare others with.
+None needs a memory: a codec that loses more than half of the energy in one step would."""

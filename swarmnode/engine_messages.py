@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from swarmnode.codings import Coding
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.fields import Count, Fence
 
@@ -94,4 +95,12 @@ class Busy:
     compute_s: float
 
 
-EngineMessage = Warm | Configure | Configured | Export | Exported | Busy
+@dataclass(frozen=True)
+class Coded:
+    """What the child's coding came to since its last report."""
+
+    job: JobId
+    codings: tuple[Coding, ...]
+
+
+EngineMessage = Warm | Configure | Configured | Export | Exported | Busy | Coded

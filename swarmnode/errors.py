@@ -11,6 +11,7 @@ SwarmError
 |-- PeerError                somebody else's fault: reroute
 |   |-- PeerLostError        unreachable, silent or gone; never retry the same connection
 |   |-- RefusedError         the peer answered "no"; do not repeat the request
+|   |-- ShareError           a slot sent a gradient that cannot be: it loses its slots
 |   `-- ProtocolError        the peer broke the protocol: drop it and count
 |       `-- FrameTooLargeError   announced more bytes than allowed; nothing was allocated
 |-- CodecError               bytes that do not decode to the tensor that was announced
@@ -77,6 +78,18 @@ class RefusedError(PeerError):
 
     def __str__(self) -> str:
         return f"peer {self.peer} refused: {self.reason}"
+
+
+@dataclass(eq=False)
+class ShareError(PeerError):
+    """A slot's gradient is not finite or implausible. Report the slot; it was not summed."""
+
+    stage: int
+    slot: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"gradient of stage {self.stage}, slot {self.slot} {self.reason}; it was not summed"
 
 
 class ProtocolError(PeerError):

@@ -1,11 +1,12 @@
 """The types that fields of messages have: each says what a stranger may put there."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from swarmnode.domain import Generation
 
+FrameKind = Literal["activation", "activation_gradient", "gradient", "reduced"]
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
 Fence = Annotated[Generation, Field(strict=True, ge=0, lt=1 << 62)]
 """The generation that a message belongs to."""

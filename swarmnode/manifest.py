@@ -12,42 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from swarmnode.codec_specs import stateless_spec
 from swarmnode.domain import BlobRef, JobId, PeerId
 from swarmnode.errors import ManifestError
+from swarmnode.job_codecs import CodecConfig as CodecConfig
+from swarmnode.job_codecs import Section as Section
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ConfigT = TypeVar("ConfigT")
 ComputeDtype = Literal["float32", "bfloat16"]
 MAX_CONFIG_DEPTH = 32
-
-
-def _codec_name(text: str) -> str:
-    """The one name of the codec, so that the same job has the same id."""
-    try:
-        return str(stateless_spec(text))
-    except ManifestError as error:
-        raise ValueError(str(error)) from None
-
-
-CodecName = Annotated[str, AfterValidator(_codec_name)]
-
-
-class Section(BaseModel):
-    """A closed, frozen part of a job description."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class OptimizerConfig(Section):
@@ -94,17 +74,6 @@ class BatchConfig(Section):
     """Tokens in one sequence."""
     num_microbatches: int = Field(default=4, ge=1, le=4096)
     """Microbatches in one step, a multiple of the number of slots."""
-
-
-class CodecConfig(Section):
-    """How tensors are coded on the wire: names as in docs/compression.md."""
-
-    activation: CodecName = "int8"
-    """Codec of hidden states, from stage to stage; compression.md names them."""
-    activation_gradient: CodecName = "int8"
-    """Codec of their gradients, back from stage to stage."""
-    gradient: CodecName = "none"
-    """Codec of parameter gradients, among the slots of a stage."""
 
 
 NumLayers = Annotated[int, Field(ge=1)]

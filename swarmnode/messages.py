@@ -5,8 +5,10 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
+from swarmnode.codings import MAX_CODINGS, Coding
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.fields import Count, Fence, Hash, Seconds, Speed, Text
+from swarmnode.fields import FrameKind as FrameKind
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
 BEFORE_ANY = Generation(0)
@@ -17,7 +19,6 @@ SentKind = Literal[
     "activation", "activation_gradient", "gradient", "reduced", "session", "control", "blob"
 ]
 """What bytes on the wire are counted as."""
-FrameKind = Literal["activation", "activation_gradient", "gradient", "reduced"]
 
 
 # ---- tensors between workers -------------------------------------------------------------------
@@ -284,13 +285,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Failed:
-    """This worker cannot do what the generation asks of it."""
+    """This worker cannot do what the generation asks of it, by the fault of `blames` if given."""
 
     job: JobId
     generation: Fence
     reason: Text
     child_ended: bool = False
     """The process that computes has ended: another one can be had at once."""
+    blames: SlotId | None = None
 
 
 @dataclass(frozen=True)
@@ -359,7 +361,7 @@ class LinkReport(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a worker has sent so far, how busy it was, and what it has measured of its links.
+    """What a worker has sent and coded so far, how busy it was, and what its links are like.
 
     Sent with each step. `links` are those to other peers of the plan.
     """
@@ -369,6 +371,7 @@ class Traffic:
     compute_s: float
     """Seconds of computing since the last report."""
     links: Annotated[tuple[LinkReport, ...], Field(max_length=MAX_LINK_REPORTS)] = ()
+    codings: Annotated[tuple[Coding, ...], Field(max_length=MAX_CODINGS)] = ()
 
 
 @dataclass(frozen=True)

@@ -282,4 +282,7 @@ def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
         plan_verdict=ledger.replanning.verdict,
         checkpoint_step=ledger.checkpoint.step if ledger.checkpoint else None,
         losses=losses if with_losses else (),
+        codecs=manifest.codecs.by_role,
+        codings=progress.codings,
+        val_codec=manifest.codecs.evaluation if progress.validation else None,
     )

@@ -101,6 +101,7 @@ class Services:
                 nursery=Nursery(self._limits.num_threads, home / "worker.log"),
                 on_sent=self.metrics.add_sent,
                 on_compute=self.metrics.add_compute,
+                on_coded=self.metrics.add_codings,
                 log=self._log,
                 links=self.link_reports,
                 verify_lease=may_coordinate,

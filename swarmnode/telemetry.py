@@ -11,7 +11,7 @@ import logging.handlers
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import prometheus_client
 import psutil
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+
+from swarmnode.codings import Coding
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 LOG_FILE_BYTES = 16 << 20
@@ -132,6 +134,15 @@ class Metrics:
             "dropped_total", "Bad records, refused peers, stale frames.", ("reason",)
         )
         self._compute = counter("compute_seconds_total", "Seconds of computing on the device.")
+        coding = ("kind", "codec")
+        self._raw = counter(
+            "uncoded_bytes_total", "Tensors that this node coded, as float32.", coding
+        )
+        self._coded = counter("coded_bytes_total", "The same tensors, coded.", coding)
+        self._coding = counter("coding_seconds_total", "Seconds of coding and decoding.", coding)
+        self._error = gauge(
+            "coding_error_ratio", "Norm of what coding lost over norm of the tensor.", coding
+        )
         self._device = gauge("device_memory_bytes", "Device memory in all.")
         self._device_free = gauge("device_memory_free_bytes", "Device memory free.")
         self._children = gauge(
@@ -188,6 +199,16 @@ class Metrics:
     def add_compute(self, seconds: float) -> None:
         """Count device time; its rate is the share of the device in use."""
         self._compute.inc(seconds)
+
+    def add_codings(self, codings: Iterable[Coding]) -> None:
+        """Count what coding came to since the last call; `codec` is a name from a manifest."""
+        for each in codings:
+            labels = (each.kind, each.codec)
+            self._raw.labels(*labels).inc(each.raw_bytes)
+            self._coded.labels(*labels).inc(each.coded_bytes)
+            self._coding.labels(*labels).inc(each.seconds)
+            if each.error is not None:
+                self._error.labels(*labels).set(each.error)
 
     def set_device_memory(self, *, total_bytes: int, free_bytes: int) -> None:
         self._device.set(total_bytes)

@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from swarmnode.codings import Coding
 from swarmnode.http.api import CheckpointView, JobView, NodeView, PeerView
 
 SHORT_ID = 6
@@ -47,6 +48,24 @@ def traffic(bytes_by_kind: Mapping[str, int]) -> str:
     """Bytes by kind, the largest first."""
     kinds = sorted(bytes_by_kind.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{kind} {amount(count, 'B')}" for kind, count in kinds) or "-"
+
+
+def boundaries(codecs: Mapping[str, str]) -> str:
+    """The codecs between stages: forward and backward."""
+    found = [codecs[role] for role in ("activation", "activation_gradient") if role in codecs]
+    return printable(" and ".join(found)) or "-"
+
+
+def coding_lines(codings: Iterable[Coding]) -> str:
+    """A line for each kind and codec: how much less it sends, what it costs and loses."""
+    lines = []
+    for each in codings:
+        lost = f", error {each.error:.2%}" if each.error is not None else ""
+        lines.append(
+            f"{each.kind} in {printable(each.codec)}: {amount(each.coded_bytes, 'B')}, "
+            f"float32 / {each.ratio:.1f}, {each.seconds:.1f} s{lost}"
+        )
+    return "\n".join(lines) or "-"
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -106,7 +125,7 @@ def jobs_table(views: Iterable[JobView]) -> RenderableType:
 
 
 def checkpoints_table(views: Iterable[CheckpointView]) -> RenderableType:
-    table = _table("step", "made", "generation", "loss", "size", "weights sha256")
+    table = _table("step", "made", "generation", "loss", "size", "boundaries", "weights sha256")
     for view in views:
         made = datetime.fromtimestamp(view.created_at_s, UTC)
         table.add_row(
@@ -115,6 +134,7 @@ def checkpoints_table(views: Iterable[CheckpointView]) -> RenderableType:
             str(view.generation),
             figure(view.loss),
             amount(view.num_bytes, "B"),
+            boundaries(view.codecs),
             view.weights_sha256,
         )
     return table
@@ -154,9 +174,11 @@ def job_panel(view: JobView) -> RenderableType:
         + (f", {view.step_s:.2f} s each" if view.step_s is not None else "")
         + (f", predicted {view.predicted_step_s:.2f} s" if view.predicted_step_s else ""),
         "loss": f"{figure(view.loss)} (first {figure(view.first_loss)})",
-        "validation": figure(view.val_loss),
+        "validation": figure(view.val_loss)
+        + (f", boundaries in {view.val_codec}" if view.val_codec else ""),
         "speed": f"{figure(view.tokens_per_s, '.0f')} tokens/s",
         "sent": traffic(view.bytes_by_kind),
+        "codecs": coding_lines(view.codings),
         "placement": placement(view),
         "generation": str(view.generation),
         "recoveries": recoveries,

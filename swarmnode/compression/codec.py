@@ -24,6 +24,7 @@ def get_codec(spec: str) -> Codec:
     return codec_of(stateless_spec(spec))
 
 
+@lru_cache(maxsize=256)
 def codec_of(form: CodecSpec) -> Codec:
     """The codec of a spec, without its memory."""
     form = form.stateless

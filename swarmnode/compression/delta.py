@@ -158,6 +158,11 @@ class DeltaSender(_End):
         self.counts.num_full += 1
         return self._pack_full(full, slot, self._version)
 
+    def held(self, key: bytes) -> Tensor | None:
+        """What the receiver has of a sample, if it is kept; bfloat16, not to be written to."""
+        slot = self._slots.get(key, NO_SLOT)
+        return None if self._cache.entry(slot) is None else self._cache.values(slot)
+
     def refused(self, refusal: Payload) -> bytes | None:
         """The key to `prepare` again, in full; None if that frame was of an earlier step.
 

@@ -40,6 +40,8 @@ from swarmnode.errors import CodecError
 NO_SLOT = (1 << 32) - 1
 SCOPE_BYTES = 8
 PREFIX_BYTES = 32
+IS_DELTA_AT = 3
+"""Where in a frame it says whether it is a change."""
 
 _PREFIX = struct.Struct("<2sBB8sIIII")
 _CRC = struct.Struct("<I")

@@ -17,7 +17,7 @@ class Pending:
     """What to encode: the input and what was lost before. float32."""
     step: int
     drops: bool
-    """Whether what was lost before is too old, or of another shape, and left out."""
+    """Whether what was lost before is of another time or shape, and left out."""
 
 
 class ErrorFeedback:
@@ -34,7 +34,8 @@ class ErrorFeedback:
     With `decay` 1, all that was ever sent equals all inputs minus the residual (to rounding). A
     smaller one shrinks the residual by `decay` for every step that passed since the last commit,
     so also over an absence; after `max_absence` steps without one it is dropped: an old residual
-    is an old gradient.
+    is an old gradient. It is dropped as well where an earlier step, or the same one, is done
+    again: it is what that step left.
     """
 
     def __init__(self, *, decay: float = 1.0, max_absence: int | None = None) -> None:
@@ -45,20 +46,25 @@ class ErrorFeedback:
         self._step = 0
         self._pending: Pending | None = None
         self.num_dropped = 0
-        """Residuals that were dropped: too old, of another shape, or not finite."""
+        """Residuals that were dropped: of another time or shape, or not finite."""
 
     @property
     def residual(self) -> Tensor | None:
         """What is owed; None where nothing is. Not to be written to."""
         return self._residual
 
+    @property
+    def step(self) -> int:
+        """The step that left the residual, where there is one."""
+        return self._step
+
     def prepare(self, tensor: Tensor, step: int) -> Pending:
         """What to encode in `step` instead of `tensor`. Ends with `commit` or `rollback`."""
         assert self._pending is None, "one exchange at a time"
         corrected = tensor.detach().float().clone()
         residual, passed = self._residual, step - self._step
-        is_late = self._max_absence is not None and passed > self._max_absence
-        drops = residual is not None and (is_late or residual.shape != corrected.shape)
+        is_stale = passed < 1 or (self._max_absence is not None and passed > self._max_absence)
+        drops = residual is not None and (is_stale or residual.shape != corrected.shape)
         if residual is not None and not drops:
             corrected.add_(residual * self._decay**passed)
         self._pending = Pending(corrected, step, drops)

@@ -206,6 +206,8 @@ class EvaluationRecord:
 
     step: int
     loss: float
+    codec: str = ""
+    """Of the hidden states at the boundaries meanwhile; empty where an older version wrote it."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class JobState:
         loss = mean_loss([loss for at in sorted(said) for loss in said[at].losses])
         self.outlook.measured.disturbed()
         self.progress.evaluated(self.step, loss)
-        return on.EvaluationRecord(self.step, loss)
+        return on.EvaluationRecord(self.step, loss, self.manifest.codecs.evaluation)
 
     def record_traffic(self, peer: PeerId, traffic: Traffic) -> None:
         """What a worker has sent, computed and measured."""
@@ -142,7 +142,7 @@ class JobState:
                     self.progress.committed(commit.step, commit.loss, None)
                 case on.CheckpointRecord() as checkpoint:
                     self.checkpoint = checkpoint
-                case on.EvaluationRecord(step, loss):
+                case on.EvaluationRecord(step=step, loss=loss):
                     self.progress.evaluated(step, loss)
                 case on.EndRecord(phase, reason):
                     self.phase, self.reason = phase, reason

@@ -154,7 +154,7 @@ def fold(records: Sequence[Record]) -> list[Record]:
             case CommitRecord(step=step, loss=loss):
                 del losses[step - first_step :]
                 losses.append(loss)
-            case EvaluationRecord(step, loss):
+            case EvaluationRecord(step=step, loss=loss):
                 validation[step] = loss
             case CheckpointRecord():
                 checkpoints.append(record)

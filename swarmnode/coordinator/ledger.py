@@ -120,8 +120,9 @@ class Ledger(Generations):
             case Traffic():
                 self._moved_s = now_s if message.compute_s > 0 else self._moved_s
                 self.record_traffic(peer, message)
-            case Failed(reason=reason, child_ended=child_ended):
-                return self._on_failed(peer, reason, now_s, child_ended=child_ended)
+            case Failed(reason=reason, child_ended=child_ended, blames=slot):
+                at_fault = plan.host(slot) if slot is not None and slot in plan else peer
+                return self._on_failed(at_fault, reason, now_s, child_ended=child_ended)
             case Leaving():
                 return self._on_leaving(peer, now_s)
             case LinkBroken(peer=other):

@@ -2,6 +2,7 @@
 
 import math
 
+from swarmnode.codings import Coding, total
 from swarmnode.domain import PeerId
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
@@ -29,6 +30,7 @@ class Progress:
         self._last_commit_s: float | None = None
         self._lost_s: float | None = None
         self._sent: dict[PeerId, dict[SentKind, int]] = {}
+        self._codings: dict[PeerId, tuple[Coding, ...]] = {}
         self._sent_before: dict[SentKind, int] = {}
 
     def committed(self, step: int, loss: float, now_s: float | None) -> None:
@@ -71,6 +73,7 @@ class Progress:
     def traffic(self, peer: PeerId, traffic: Traffic) -> None:
         """A worker's counters since it took part; they only grow."""
         self._sent[peer] = dict(traffic.bytes_by_kind)
+        self._codings[peer] = traffic.codings
 
     @property
     def shown_losses(self) -> tuple[float, ...]:
@@ -90,6 +93,11 @@ class Progress:
             for kind, count in counts.items():
                 total[kind] = total.get(kind, 0) + count
         return dict(sorted(total.items()))
+
+    @property
+    def codings(self) -> tuple[Coding, ...]:
+        """By kind and codec, of everybody who ever took part."""
+        return total(each for codings in self._codings.values() for each in codings)
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -24,6 +24,7 @@ from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.states import index_tensors
 from swarmnode.tensorfiles import TensorSpan, read_header
 from swarmnode.tokenizer import TextTokenizer, load_tokenizer, write_byte_tokenizer
+from swarmnode.tokens import TokenIndex
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TOKENIZER_FILE_BYTES = 12 << 20
@@ -108,7 +109,8 @@ async def prepare(
         submitted_at_s=time.time(),
         start_step=start_step,
     )
-    return Prepared(manifest, facts, resume.notes(resumed, job, data) if resumed else ())
+    notes = resume.notes(resumed, job, data) if resumed else ()
+    return Prepared(manifest, facts, notes + _delta_notes(manifest, store))
 
 
 def _read_model(job: JobFile) -> tuple[dict[str, Any], Mapping[str, TensorSpan] | None]:
@@ -176,6 +178,23 @@ def _publish_data(
         train=store.put(corpus.train.canonical()),
         validation=store.put(corpus.validation.canonical()),
     )
+
+
+def _delta_notes(manifest: Manifest, store: BlobStore) -> tuple[str, ...]:
+    """What to know where hidden states are to travel as changes, but no sample comes again."""
+    codecs, batch = manifest.codecs, manifest.batch
+    if manifest.data is None or not codecs.keeps_deltas:
+        return ()
+    num_tokens = TokenIndex.parse(store.read(manifest.data.train)).num_tokens
+    steps = manifest.num_steps - manifest.start_step
+    epochs = steps * batch.num_microbatches * batch.rows * batch.sequence_length / num_tokens
+    if epochs > 1.5:
+        return ()
+    note = (
+        f"codecs.activation = {codecs.activation} saves bytes from a sample's second visit on, but "
+        f"{steps} steps see each sample {epochs:.1f} times; use {codecs.activation[3:]}"
+    )
+    return (note,)
 
 
 def _publish_folder(folder: Path, store: BlobStore) -> BlobRef:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from swarmnode.codings import Coding
 from swarmnode.domain import JobId, PeerId
 from swarmnode.p2p.checkpoint_files import Audit
 from swarmnode.session_messages import (
@@ -101,6 +102,12 @@ class JobView:
     """Committed steps that the newest complete checkpoint holds."""
     losses: tuple[float, ...] = field(default=(), repr=False)
     """Mean loss of each committed step; left out of lists of jobs."""
+    codecs: Mapping[str, str] = field(default_factory=dict)
+    """Of activation, activation_gradient and gradient."""
+    val_codec: str | None = None
+    """What the boundaries were coded with in the last evaluation."""
+    codings: tuple[Coding, ...] = ()
+    """What coding came to so far, by kind and codec, of all workers."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class CheckpointView:
     parent: str | None
     coordinator: str
     """Who signed it."""
+    codecs: Mapping[str, str] = field(default_factory=dict)
+    """What it was trained with: of activation, activation_gradient and gradient."""
 
 
 @dataclass(frozen=True)

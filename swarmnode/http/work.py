@@ -55,4 +55,5 @@ def checkpoint_view(checkpoint: Checkpoint) -> CheckpointView:
         sha256=checkpoint.sha256,
         parent=manifest.parent,
         coordinator=manifest.coordinator,
+        codecs=manifest.codecs,
     )

@@ -114,6 +114,13 @@ class CheckpointManifest(Section):
         return _canonical(self.model_dump(mode="json", by_alias=True))
 
     @property
+    def codecs(self) -> dict[str, str]:
+        """What the job codes its tensors with, by role: part of what is signed."""
+        codecs = self.job_manifest.get("codecs")
+        pairs = codecs.items() if isinstance(codecs, dict) else ()
+        return {str(role): spec for role, spec in pairs if isinstance(spec, str)}
+
+    @property
     def config(self) -> dict[str, Any]:
         """The model's Hugging Face config."""
         config: dict[str, Any] = self.job_manifest["model"]["config"]

@@ -63,7 +63,9 @@ class ToyGrid:
             num_microbatches=count,
             num_evaluation_microbatches=plan.num_slots,
             groups=self.groups,
-            wire_bytes=lambda role, _: history.HASH_BYTES + (count if role == "gradient" else 0),
+            fits=lambda role, _, num_bytes: (
+                num_bytes == history.HASH_BYTES + (count if role == "gradient" else 0)
+            ),
         )
 
     @property

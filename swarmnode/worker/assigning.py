@@ -61,6 +61,8 @@ async def gather(
     computed = {slot.stage for slot in plan.hosted_by(me)}
     if manifest.data is not None and computed & {0, plan.num_stages - 1}:
         await fetcher.data(manifest.data)  # the first stage reads tokens, the last one labels
+    elif manifest.data is not None and manifest.codecs.keeps_deltas:
+        await fetcher.sample_index(manifest.data)
     bases: list[Base] = []
     for stage, (taken, source) in handoffs.items():
         if taken.how == "fetch":

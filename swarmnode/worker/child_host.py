@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swarmnode.children import Child
+from swarmnode.codings import MAX_CODINGS, Coding, total
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.engine_messages import (
     Busy,
+    Coded,
     Configure,
     Configured,
     EngineMessage,
@@ -87,6 +89,7 @@ class ChildHost:
         self._wanted: dict[tuple[int, int], Generation] = {}
         """States to publish as soon as the child has written them: (stage, step)."""
         self._compute_s = 0.0
+        self._codings: tuple[Coding, ...] = ()
 
     @property
     def pid(self) -> int | None:
@@ -256,6 +259,9 @@ class ChildHost:
                 await self._exported(message)
             case Warm():
                 self._is_warm.set()
+            case Coded(codings=codings):
+                self._codings = total((*self._codings, *codings))[:MAX_CODINGS]
+                self._tools.on_coded(codings)
             case Busy(compute_s=compute_s):
                 self._compute_s += compute_s
                 self._tools.on_compute(compute_s)
@@ -297,7 +303,7 @@ class ChildHost:
     def _post_traffic(self) -> None:
         sent: dict[SentKind, int] = self._tools.switch.sent(self._job)
         sent["control"] = self.control_bytes
-        self._post(Traffic(self._job, sent, self._compute_s, self._links()))
+        self._post(Traffic(self._job, sent, self._compute_s, self._links(), self._codings))
         self._compute_s = 0.0
 
     def _links(self) -> tuple[LinkReport, ...]:

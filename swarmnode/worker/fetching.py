@@ -43,6 +43,10 @@ class Fetcher:
             index = TokenIndex.parse(self._store.read(ref))
             await self._fetch(index.chunks, [self._plan.coordinator])
 
+    async def sample_index(self, data: DataContent) -> None:
+        """Bring here what says which samples there are, without the text."""
+        await self._fetch([data.train], [self._plan.coordinator])
+
     async def state(
         self, index_ref: BlobRef, providers: Sequence[PeerId], stage: int, path: Path
     ) -> None:

@@ -1,9 +1,10 @@
 """What every job on a node shares, and where the rest of the node hooks in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarmnode.codings import Coding
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.messages import (
     Inquire,
@@ -28,6 +29,10 @@ def _no_lines(_job: JobId) -> int:
     return 0
 
 
+def _ignore_codings(_codings: Iterable[Coding]) -> None:
+    return
+
+
 @dataclass(frozen=True)
 class HostTools:
     """One for each node."""
@@ -43,6 +48,7 @@ class HostTools:
     nursery: Nursery
     on_sent: Callable[[str, int], None]
     on_compute: Callable[[float], None]
+    on_coded: Callable[[Iterable[Coding]], None] = _ignore_codings
     log: Callable[..., None] = _ignore_log
     links: Callable[[], tuple[LinkReport, ...]] = tuple
     """What this node has measured of its links."""

@@ -1,11 +1,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from cli_runner import Cli
 from fake_node import JOB, FakeNode
+
+from swarmnode.codings import Coding
 
 MODEL = '[model]\nconfig = "config.json"\n[data]\npath = "text.txt"\n'
 
@@ -64,8 +67,12 @@ def test_watch_prints_lines_until_the_job_serves(cli: Cli, node: FakeNode) -> No
     assert "serving" in out
     assert "step 10/10" in out
     assert "validation 2.1250" in out
+    coding = Coding("activation", "aq/int4/32", 700, 100, 0.5, 0.0, 0.0)
+    node.change(codecs={"activation": "aq/int4/32"}, val_codec="bf16", codings=(coding,))
     (line,) = cli("watch", "tiny", "--json")[1].splitlines()
-    assert json.loads(line)["bytes_by_kind"] == {"activation": 1000, "reduced": 500}
+    view = json.loads(line)
+    assert view["bytes_by_kind"] == {"activation": 1000, "reduced": 500}
+    assert (view["val_codec"], view["codings"]) == ("bf16", [asdict(coding)])
 
 
 def test_watching_a_job_that_failed_fails(cli: Cli, node: FakeNode) -> None:

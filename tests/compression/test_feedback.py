@@ -128,6 +128,17 @@ def test_absence_decays_and_then_drops_the_residual() -> None:
     assert feedback.num_dropped == 1
 
 
+@pytest.mark.parametrize("step", [9, 10])
+def test_a_step_that_is_done_again_does_not_see_what_it_left(step: int) -> None:
+    feedback, zero = ErrorFeedback(), torch.zeros(64)
+    exchange(feedback, "int2/32", torch.linspace(0, 1, 64), 10)
+    pending = feedback.prepare(zero, step)
+    assert torch.equal(pending.tensor, zero)
+    feedback.commit(pending, zero)
+    assert feedback.num_dropped == 1
+    assert feedback.step == step
+
+
 def test_what_is_not_finite_or_of_another_shape_is_never_owed() -> None:
     feedback = ErrorFeedback()
     pending = feedback.prepare(torch.tensor([1.0, torch.inf]), 0)

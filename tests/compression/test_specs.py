@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmnode.codec_specs import (
+    PRESETS,
     CodecSpec,
     IntCode,
     for_size,
@@ -16,7 +17,6 @@ from swarmnode.codec_specs import (
     wire_share,
 )
 from swarmnode.compression.codec import get_codec
-from swarmnode.compression.presets import PRESETS
 from swarmnode.errors import ManifestError
 from swarmnode.manifest import CodecConfig, JobFile, check
 
@@ -146,17 +146,46 @@ def test_any_text_is_a_spec_or_a_manifest_error(text: str) -> None:
 # ---- in jobs -------------------------------------------------------------------------------------
 
 
-def test_a_job_may_name_any_codec_without_a_memory() -> None:
+def test_a_job_may_name_any_codec_and_a_memory_where_it_is_of_use() -> None:
     job = CodecConfig(activation="int4/32", activation_gradient="int8/128", gradient="powersgd/r4")
     assert (job.activation, job.activation_gradient) == ("int4/32", "int8")
     raw = {"name": "j", "model": {"config": "c"}, "data": {"path": "d"}}
-    for codec, says in [("int4", "unknown codec 'int4'"), ("int4/32+ef", "use 'int4/32'")]:
-        with pytest.raises(ManifestError, match=f"codecs.gradient: .*{says}"):
-            check(JobFile, {**raw, "codecs": {"gradient": codec}}, "job.toml")
+    assert CodecConfig(gradient="topk64of4096/int4/128+ef").gradient == "topk64of4096/int4+ef"
+    for key, codec, says in [
+        ("gradient", "int4", "unknown codec 'int4'"),
+        ("gradient", "aq/int4/32", "use 'int4/32'"),
+        ("activation", "int4/32+ef", "use 'int4/32'"),
+        ("activation_gradient", "int4/32+ef", "use 'int4/32'"),
+        ("activation_gradient", "aq/int4/32", "use 'int4/32'"),
+    ]:
+        with pytest.raises(ManifestError, match=f"codecs.{key}: .*{says}"):
+            check(JobFile, {**raw, "codecs": {key: codec}}, "job.toml")
     with pytest.raises(ManifestError, match="memory"):
         stateless_spec("aq/int4/32")
     with pytest.raises(ManifestError, match="memory"):
         get_codec("int4/32+ef")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_the_codecs_that_are_not_named(name: str) -> None:
+    preset = PRESETS[name]
+    job = CodecConfig.model_validate({"preset": name, "gradient": "int4/32+ef"})
+    assert job.activation == preset.activation
+    assert job.activation_gradient == preset.activation_gradient
+    assert job.gradient == "int4/32+ef"
+    plain = CodecConfig(
+        activation=preset.activation,
+        activation_gradient=preset.activation_gradient,
+        gradient="int4/32+ef",
+    )
+    assert job == plain, "the same job has the same id, however its codecs were named"
+    assert "preset" not in job.model_dump(mode="json")
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are() -> None:
+    raw = {"name": "j", "model": {"config": "c"}, "data": {"path": "d"}}
+    with pytest.raises(ManifestError, match=r"codecs.preset: .*'home', 'slow', 'lan'"):
+        check(JobFile, {**raw, "codecs": {"preset": "moon"}}, "job.toml")
 
 
 def test_the_share_of_a_long_vector_is_that_of_the_wire() -> None:

@@ -31,6 +31,7 @@ from swarmnode.coordinator.journal import (
     _line,
     count_lines,
     fold,
+    parse_line,
     read_journal,
 )
 from swarmnode.coordinator.standby import StandbyJournals
@@ -78,7 +79,7 @@ SOME: list[Record] = [
     ),
     CommitRecord(Generation(1), 0, 0.5, 5.25, (BlobRef("ab" * 32, 9), BlobRef("cd" * 32, 8))),
     CheckpointRecord(1, (BlobRef("0" * 64, 7),)),
-    EvaluationRecord(1, 5.0),
+    EvaluationRecord(1, 5.0, "int8"),
     EndRecord("stopped", "two words\nand a line"),
 ]
 
@@ -216,6 +217,16 @@ def test_each_line_is_a_checksum_and_json(path: Path) -> None:
         crc, _, text = line.partition(b" ")
         assert int(crc, 16) == zlib.crc32(text)
         assert json.loads(text)["t"].endswith("Record")
+
+
+def test_an_evaluation_is_read_by_versions_that_knew_no_codec_and_by_those_that_know_more() -> None:
+    def line(**fields: object) -> bytes:
+        text = json.dumps({"t": "EvaluationRecord", **fields}).encode()
+        return b"%08x " % zlib.crc32(text) + text + b"\n"
+
+    assert parse_line(line(step=1, loss=5.0)) == EvaluationRecord(1, 5.0)
+    said = parse_line(line(step=1, loss=5.0, codec="int8", later=3))
+    assert said == EvaluationRecord(1, 5.0, "int8")
 
 
 # ---- a full disk -------------------------------------------------------------------------------

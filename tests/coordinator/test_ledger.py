@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from swarmnode.coordinator import events as on
-from swarmnode.domain import BlobRef, Generation, PeerId
+from swarmnode.domain import BlobRef, Generation, PeerId, SlotId
 from swarmnode.messages import (
     Answer,
     Assign,
@@ -244,6 +244,19 @@ def test_a_worker_that_fails_again_and_again_is_replaced_and_the_job_goes_on() -
         fail(bench, "b")
     bench.run()
     assert bench.commits() == list(range(STEPS))
+
+
+def test_who_is_blamed_for_a_failure_is_who_loses_its_slots() -> None:
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    bench.run(until="training")
+    plan = bench.ledger.plan
+    assert plan is not None
+    reporter, culprit = plan.slots[0][0], plan.slots[1][0]
+    assert reporter != culprit
+    bench.forget_messages()
+    said = Failed(bench.ledger.job, bench.ledger.generation, "not finite", blames=SlotId(1, 0))
+    bench.feed(on.Heard(reporter, said))
+    assert bench.ledger.reason.startswith(f"{culprit}: not finite")
 
 
 def test_a_job_that_nobody_can_do_fails_with_the_reason() -> None:

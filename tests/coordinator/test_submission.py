@@ -224,3 +224,11 @@ def test_a_file_of_the_tokenizer_that_is_not_text_is_refused(world: World) -> No
     (folder / "special_tokens_map.json").write_bytes(b"\xff")
     with pytest.raises(DataError):
         world.prepare(tokenizer="tokens")
+
+
+def test_who_asks_for_deltas_where_no_sample_comes_again_is_told(tmp_path: Path) -> None:
+    world, codecs = World(tmp_path), {"activation": "aq/int4/32"}
+    (note,) = world.prepare(codecs=codecs, run={"steps": 10}).notes
+    assert "10 steps see each sample 0.8 times; use int4/32" in note, note
+    assert world.prepare(codecs=codecs, run={"steps": 100}).notes == ()
+    assert world.prepare(run={"steps": 10}).notes == ()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from swarmnode import telemetry
+from swarmnode.codings import Coding
 from swarmnode.telemetry import MAX_LINKS, Metrics
 
 JOB = {"job_id": "00112233aabbccdd", "job_name": "tiny"}
@@ -45,6 +46,18 @@ def test_counters_follow_totals_and_never_go_back(metrics: Metrics) -> None:
     assert value(metrics, "swarmnode_job_sent_bytes_total", **JOB, kind="activation") == 3000
     observe(metrics, 4)
     assert value(metrics, "swarmnode_job_tokens_total", **JOB) == 256
+
+
+def test_coding_is_counted_by_kind_and_codec(metrics: Metrics) -> None:
+    labels = {"kind": "gradient", "codec": "int8"}
+    for _ in range(2):
+        metrics.add_codings([Coding("gradient", "int8", 400, 100, 0.5, 4.0, 0.04)])
+    assert value(metrics, "swarmnode_uncoded_bytes_total", **labels) == 800
+    assert value(metrics, "swarmnode_coded_bytes_total", **labels) == 200
+    assert value(metrics, "swarmnode_coding_seconds_total", **labels) == 1.0
+    assert value(metrics, "swarmnode_coding_error_ratio", **labels) == pytest.approx(0.1)
+    metrics.add_codings([Coding("activation", "none", 0, 0, 0.5, 0.0, 0.0)])
+    assert value(metrics, "swarmnode_coding_error_ratio", kind="activation", codec="none") is None
 
 
 def test_a_step_is_timed_once_however_often_it_is_told(metrics: Metrics) -> None:

@@ -203,3 +203,10 @@ def _whole() -> bytes:
 
 
 _WHOLE = _whole()
+
+
+def test_the_codecs_of_the_boundaries_are_part_of_what_is_signed(store: BlobStore) -> None:
+    job = {**make.JOB, "codecs": {"activation": "aq/int4/32", "gradient": "int8"}}
+    found = make.checkpoint(store, job_manifest=job)
+    assert found.manifest.codecs == {"activation": "aq/int4/32", "gradient": "int8"}
+    assert make.checkpoint(store).manifest.codecs == {}

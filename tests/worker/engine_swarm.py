@@ -61,6 +61,8 @@ LLAMA = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 80, "vocab_size": 67}
+"""Matrices large enough that a coarse codec is used for them."""
 TIED = {**LLAMA, "tie_word_embeddings": True}
 _homes = itertools.count()
 PLACEMENTS: dict[str, list[list[str]]] = {
@@ -100,6 +102,7 @@ def make_manifest(
     stages: int = 2,
     slots: int = 2,
     steps: int = 10,
+    num_tokens: int = 5000,
     **run: Any,
 ) -> Manifest:
     """A training job over a text with structure: each token mostly follows from the last."""
@@ -117,7 +120,7 @@ def make_manifest(
         run=RunConfig(**{"steps": steps, "seed": 5, "evaluate_microbatches": 5, **run}),
         model=ModelContent(config=dict(config)),
         data=DataContent(
-            train=write_tokens(blobs, stream[:5000]),
+            train=write_tokens(blobs, stream[:num_tokens]),
             validation=write_tokens(blobs, stream[5000:]),
         ),
         tokenizer=BlobRef("0" * 64, 1),
@@ -265,7 +268,7 @@ class Swarm:
         for stage in range(plan.num_stages):
             assert len({r.update for r in readies if r.source.stage == stage}) == 1
         squares = {group: value for r in readies for group, value in r.sums_of_squares}
-        norm = math.sqrt(sum(squares.values()))
+        norm = math.sqrt(math.fsum(squares.values()))
         clip = self.manifest.optimizer.clip_norm
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
         for number, peer in enumerate(plan.workers()):

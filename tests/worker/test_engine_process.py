@@ -9,7 +9,7 @@ from engine_swarm import PLACEMENTS, Swarm, make_manifest
 
 from swarmnode.children import Child, python_module, spawn_child
 from swarmnode.domain import Generation, PeerId
-from swarmnode.engine_messages import Base, Busy, Configured, EngineMessage, Warm
+from swarmnode.engine_messages import Base, Busy, Coded, Configured, EngineMessage, Warm
 from swarmnode.messages import (
     Applied,
     Begin,
@@ -29,7 +29,7 @@ async def receive(child: Child, kind: type[Any]) -> Any:
             message, _ = unpack_local(await child.receive())
         if isinstance(message, kind):
             return message
-        assert isinstance(message, Busy | Applied | Ready | Warm), message
+        assert isinstance(message, Busy | Coded | Applied | Ready | Warm), message
 
 
 async def test_a_child_trains_as_an_engine_does_and_ends_with_its_pipe(tmp_path: Path) -> None:

@@ -53,6 +53,29 @@ def test_every_epoch_visits_every_window_once(
     assert max(visited) + sequence_length + 1 <= num_tokens
 
 
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**63 - 1), num_lanes=st.integers(1, 4), num_windows=st.integers(4, 90))
+def test_with_lanes_every_epoch_visits_the_same_windows_in_the_same_lane(
+    seed: int, num_lanes: int, num_windows: int
+) -> None:
+    samples = SampleMap(seed, 10 * num_windows + 1, 10, 3, 2 * num_lanes, num_lanes)
+    count = samples.windows_per_epoch
+    assert count == num_windows // num_lanes
+    visited: dict[int, list[int]] = {lane: [] for lane in range(num_lanes)}
+    for step in range(count):
+        for microbatch in range(2 * num_lanes):
+            visited[microbatch % num_lanes] += samples.sample_offsets(step, microbatch)
+    for lane, offsets in visited.items():
+        own = [(window * num_lanes + lane) * 10 for window in range(count)]
+        assert sorted(offsets[:count]) == sorted(offsets[count : 2 * count]) == own
+    assert num_lanes > 1 or samples == SampleMap(seed, 10 * num_windows + 1, 10, 3, 2)
+
+
+def test_lanes_need_a_window_each() -> None:
+    with pytest.raises(DataError, match="21 tokens are too few for 3 pipelines"):
+        SampleMap(0, 21, 10, 1, 3, 3)
+
+
 def test_the_map_depends_on_the_seed_and_the_epoch_and_on_nothing_else() -> None:
     samples = SampleMap(1, 10_001, 10, 10, 10)
     first = samples.sample_offsets(3, 7)

@@ -15,6 +15,9 @@ BYTES_PER_TRAINED_WEIGHT = 24
 snapshot takes."""
 SLOT_BYTES_PER_WEIGHT = 4
 """Each further slot on a machine keeps a gradient sum of its own."""
+FEEDBACK_BYTES_PER_WEIGHT = 16
+"""With error feedback, what a slot owes and what it is about to owe: for its shares, and, where it
+is the only slot, as much for the sums."""
 ACTIVATION_FACTOR = 40
 """Kept bytes per token, layer and hidden unit while a microbatch waits for its backward pass:
 attention and MLP intermediates in float32, measured loosely from above."""
@@ -120,6 +123,7 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
     head = facts.last_weights + (facts.first_weights if facts.tied else 0)
     attention = 12.0 * job.batch.sequence_length * facts.hidden_size
     boundary = (job.batch.rows, job.batch.sequence_length, facts.hidden_size)
+    owed = FEEDBACK_BYTES_PER_WEIGHT if job.codecs.keeps_residuals else 0
     return Workload(
         num_layers=facts.num_layers,
         layer_flops=(6.0 * facts.layer_weights + attention) * tokens,
@@ -137,7 +141,7 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
         activation_gradient_share=wire_share(job.codecs.activation_gradient, boundary),
         gradient_share=wire_share(job.codecs.gradient),
         state_bytes_per_weight=BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT,
-        slot_bytes_per_weight=SLOT_BYTES_PER_WEIGHT if trains else 0,
+        slot_bytes_per_weight=(SLOT_BYTES_PER_WEIGHT + owed) if trains else 0,
     )
 
 

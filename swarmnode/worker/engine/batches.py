@@ -31,18 +31,12 @@ class Batches:
             raise DataError("the manifest names no data")
         self._batch = batch = manifest.batch
         self._directory = blob_directory
-        train = self._index(manifest.data.train)
-        validation = self._index(manifest.data.validation)
+        train = _index(blob_directory, manifest.data.train)
+        validation = _index(blob_directory, manifest.data.validation)
         vocab_size = manifest.model.config.get("vocab_size")
         self._train = TokenReader(train, self._path, vocab_size=vocab_size)
         self._validation = TokenReader(validation, self._path, vocab_size=vocab_size)
-        self._samples = SampleMap(
-            manifest.run.seed,
-            train.num_tokens,
-            batch.sequence_length,
-            batch.rows,
-            batch.num_microbatches,
-        )
+        self._samples = _sample_map(manifest, train)
         self._num_validation_tokens = validation.num_tokens
         most = manifest.run.evaluate_microbatches
         self.num_evaluation_microbatches = num_evaluation_microbatches(
@@ -70,13 +64,39 @@ class Batches:
         return self._validation.read(offsets, self._batch.sequence_length)
 
     def _path(self, ref: BlobRef) -> Path:
-        return self._directory / ref.sha256[:2] / ref.sha256
+        return _path(self._directory, ref)
 
-    def _index(self, ref: BlobRef) -> TokenIndex:
-        try:
-            data = self._path(ref).read_bytes()
-        except OSError as error:
-            raise ChunkError(f"token index {ref.sha256:.12} is not here") from error
-        if hashlib.sha256(data).hexdigest() != ref.sha256:
-            raise ChunkError(f"token index {ref.sha256:.12} is damaged")
-        return TokenIndex.parse(data)
+
+def sample_map(manifest: Manifest, blob_directory: Path) -> SampleMap:
+    """Which samples are in which microbatch: known from the index alone, without any text.
+
+    Raises: ChunkError if the index is absent or damaged, DataError if there is too little data.
+    """
+    assert manifest.data is not None
+    return _sample_map(manifest, _index(blob_directory, manifest.data.train))
+
+
+def _sample_map(manifest: Manifest, train: TokenIndex) -> SampleMap:
+    batch = manifest.batch
+    return SampleMap(
+        manifest.run.seed,
+        train.num_tokens,
+        batch.sequence_length,
+        batch.rows,
+        batch.num_microbatches,
+        manifest.placement.slots if manifest.codecs.keeps_deltas else 1,
+    )
+
+
+def _path(directory: Path, ref: BlobRef) -> Path:
+    return directory / ref.sha256[:2] / ref.sha256
+
+
+def _index(directory: Path, ref: BlobRef) -> TokenIndex:
+    try:
+        data = _path(directory, ref).read_bytes()
+    except OSError as error:
+        raise ChunkError(f"token index {ref.sha256:.12} is not here") from error
+    if hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise ChunkError(f"token index {ref.sha256:.12} is damaged")
+    return TokenIndex.parse(data)

@@ -7,22 +7,24 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swarmnode.compression.codec import Payload
-from swarmnode.domain import Generation, JobId
+from swarmnode.domain import Generation, JobId, SlotId
 from swarmnode.engine_messages import (
     Busy,
+    Coded,
     Configure,
     Configured,
     EngineMessage,
     Export,
     Exported,
 )
-from swarmnode.errors import ManifestError
+from swarmnode.errors import ManifestError, ShareError
 from swarmnode.manifest import Manifest, check
 from swarmnode.messages import (
     Begin,
@@ -43,10 +45,12 @@ from swarmnode.worker.engine.ports import Log, Send
 from swarmnode.worker.engine.reduction import Reduction
 from swarmnode.worker.engine.setup import Setup, make_setup, set_determinism
 from swarmnode.worker.engine.snapshots import Snapshots
-from swarmnode.worker.engine.stages import make_stages
+from swarmnode.worker.engine.stages import committed_update, make_stages
 from swarmnode.worker.engine.steps import Steps
 from swarmnode.worker.files import state_path
 from swarmnode.worker.training.log import UpdateLog
+from swarmnode.worker.training.meter import CodingMeter
+from swarmnode.worker.training.residuals import Residuals
 from swarmnode.worker.training.state import StageState
 
 _MAX_REASON_CHARS = 400
@@ -72,10 +76,12 @@ class Engine:
         self._generation = Generation(-1)
         self._directory = Path()
         self._snapshots = Snapshots()
+        self._residuals = Residuals()
+        self._meter = CodingMeter()
         self._compute_s = 0.0
         self._sessions_first = True
         self.dropped: Counter[str] = Counter()
-        """How many messages were ignored, by reason."""
+        """How many messages were ignored, by reason; and residuals that were of no use."""
 
     def handle(self, message: Message | EngineMessage, payload: Payload = b"") -> None:
         """Take one message. Frames are only checked and kept; the rest is done at once."""
@@ -154,7 +160,15 @@ class Engine:
         self._held = {stage: self._held[stage] for stage in sorted(kept & set(self._held))}
         self._held = make_stages(configure, manifest, self._held)
         self._directory = Path(configure.log_directory)
-        self._setup = setup = make_setup(configure, manifest, self._held, self._make_log)
+        plan = configure.plan
+        layout = (configure.job, manifest.codecs.gradient, plan.layers, plan.num_slots)
+        before = self._residuals.num_dropped
+        self._residuals.begin(layout, configure.step, partial(committed_update, configure))
+        if num_dropped := self._residuals.num_dropped - before:
+            self.dropped["residual"] += num_dropped
+        self._setup = setup = make_setup(
+            configure, manifest, self._held, self._make_log, self._residuals, self._meter
+        )
         self._conversations = Conversations(setup, self._send)
         if setup.trains:
             self._steps = Steps(
@@ -230,7 +244,8 @@ class Engine:
             traceback.print_exception(error)  # to the child's log; the daemon gets one line
         self._forget()
         assert self._job is not None
-        self._send(Failed(self._job, self._generation, _one_line(error)), b"")
+        blames = SlotId(error.stage, error.slot) if isinstance(error, ShareError) else None
+        self._send(Failed(self._job, self._generation, _one_line(error), blames=blames), b"")
 
     def _forget(self) -> None:
         """Abandon the generation: the unfinished step, gradients, conversations."""
@@ -253,6 +268,8 @@ class Engine:
 
     def _report_busy(self, at_least_s: float) -> None:
         if self._compute_s > at_least_s and self._job is not None:
+            if codings := self._meter.take():
+                self._send(Coded(self._job, codings), b"")
             self._send(Busy(self._job, self._compute_s), b"")
             self._compute_s = 0.0
 

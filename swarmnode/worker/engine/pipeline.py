@@ -4,23 +4,21 @@ Letters: B rows, S positions, D hidden width, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swarmnode.compression.codec import Payload
+from swarmnode.compression.codec import Codec, Payload
 from swarmnode.domain import SlotId
 from swarmnode.messages import (
     Frame,
 )
 from swarmnode.worker.engine.ports import Post
-from swarmnode.worker.engine.setup import Setup
+from swarmnode.worker.engine.setup import BoundaryRole, Setup
+from swarmnode.worker.training.expected import Boundary
 from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of
-
-Boundary = Literal["activation", "activation_gradient"]
 
 
 @dataclass
@@ -116,7 +114,7 @@ class Pipeline:
         if slot.stage == 0:
             return self._tokens(microbatch)[:, :-1]
         payload = self._slots[slot].inputs.pop(("forward", microbatch))
-        hidden_BSD = self._decode("activation", payload)
+        hidden_BSD = self._decode("activation", slot, payload)
         return hidden_BSD.requires_grad_(not self._evaluate)
 
     def _backward(self, slot: SlotId, microbatch: int) -> None:
@@ -127,7 +125,7 @@ class Pipeline:
             gradient = torch.full_like(output, 1.0 / count)
         else:
             payload = at.inputs.pop(("backward", microbatch))
-            gradient = self._decode("activation_gradient", payload).to(output.dtype)
+            gradient = self._decode("activation_gradient", slot, payload).to(output.dtype)
         self._point_gradients_at(slot)
         torch.autograd.backward(output, gradient)
         if inputs is not None:
@@ -156,18 +154,47 @@ class Pipeline:
         )
         return torch.from_numpy(rows).to(self._setup.device)
 
-    def _decode(self, role: Boundary, payload: Payload) -> Tensor:
+    def _decode(self, kind: Boundary, target: SlotId, payload: Payload) -> Tensor:
         setup = self._setup
-        codec = setup.codecs[role].at(self._step)
-        return codec.decode(payload, setup.expected.hidden_shape, device=setup.device)
+        if self._travels_as_change(kind):
+            deltas, name = setup.deltas, setup.manifest.codecs.activation
+            assert deltas is not None
+            return setup.meter.decode(
+                kind, name, lambda: deltas.decode(target, payload, setup.device)
+            )
+        codec, shape = self._codec(kind), setup.expected.hidden_shape
+        return setup.meter.decode(
+            kind, codec.spec, lambda: codec.decode(payload, shape, device=setup.device)
+        )
 
     def _send(
         self, kind: Boundary, source: SlotId, target: SlotId, microbatch: int, tensor: Tensor
     ) -> None:
-        setup = self._setup
+        setup, step = self._setup, self._step
         frame = setup.frame(
-            kind, self._step, source, target, setup.expected.hidden_shape,
+            kind, step, source, target, setup.expected.hidden_shape,
             microbatch=microbatch, evaluate=self._evaluate,
         )  # fmt: skip
-        codec = setup.codecs[kind].at(self._step)
-        self._post(frame, codec.encode(tensor.detach().float()))
+        values = tensor.detach().float()
+        if self._travels_as_change(kind):
+            deltas, name = setup.deltas, setup.manifest.codecs.activation
+            assert deltas is not None
+            payload = setup.meter.encode(
+                kind, name, values, lambda: deltas.encode(source, step, microbatch, values),
+                lambda _: deltas.error(source, step, microbatch, values),
+            )  # fmt: skip
+        else:
+            codec = self._codec(kind)
+            payload = setup.meter.encode(
+                kind, codec.spec, values, lambda: codec.encode(values),
+                lambda coded: values - codec.decode(coded, values.shape, device=values.device),
+            )  # fmt: skip
+        self._post(frame, payload)
+
+    def _codec(self, kind: Boundary) -> Codec:
+        role: BoundaryRole = "held_out" if self._evaluate else kind
+        return self._setup.codecs[role].at(self._step)
+
+    def _travels_as_change(self, kind: Boundary) -> bool:
+        """Held out samples have no history; nor have gradients."""
+        return self._setup.deltas is not None and kind == "activation" and not self._evaluate

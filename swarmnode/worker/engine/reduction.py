@@ -1,15 +1,21 @@
 """The reduction of one step on one node: shares out, sums of the owned shards, reduced bytes in."""
 
-from swarmnode.compression.codec import Payload
+from torch import Tensor
+
+from swarmnode.compression.codec import Codec, Payload
 from swarmnode.domain import BlobRef, SlotId
 from swarmnode.failpoints import hit
-from swarmnode.messages import (
-    Frame,
-)
+from swarmnode.messages import Frame, FrameKind
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
 from swarmnode.worker.training.fingerprint import sum_of_squares
-from swarmnode.worker.training.reduce import ReducedGradient, ShardSum, encode_shards
+from swarmnode.worker.training.reduce import (
+    ReducedGradient,
+    ShardCodecs,
+    ShardSum,
+    encode_shards,
+)
+from swarmnode.worker.training.residuals import Sent
 
 
 class Reduction:
@@ -19,16 +25,16 @@ class Reduction:
         self._setup = setup
         self._step = step
         self._post = post
-        self._codec = setup.codecs["gradient"].at(step)
+        self._codecs = codecs = ShardCodecs(setup.gradient, step)
         self._groups = setup.expected.groups
         self._sums = {
-            (index, part): ShardSum(group, part, self._codec, setup.device)
+            (index, part): ShardSum(group, part, codecs, setup.device)
             for index, group in self._groups.items()
             for part in range(group.num_parts)
             if setup.is_hosted(group.owner(part))
         }
         self._reduced = {
-            index: ReducedGradient(group, self._codec, setup.reduced[index].flat)
+            index: ReducedGradient(group, codecs, setup.reduced[index].flat)
             for index, group in self._groups.items()
         }
         self._payloads: dict[tuple[int, int], Payload] = {}
@@ -40,7 +46,11 @@ class Reduction:
         """Send a finished slot's share of every shard of its groups to the shard's owner."""
         for index, gradient in self._setup.accumulators[slot].items():
             group = self._groups[index]
-            for part, payload in encode_shards(group, self._codec, gradient.flat):
+
+            def encode(part: int, values: Tensor, index: int = index) -> Payload:
+                return self._encode(Sent("share", slot, index, part), values)
+
+            for part, payload in encode_shards(group, gradient.flat, encode):
                 owner, shape = group.owner(part), self._shape(index, part)
                 frame = self._setup.frame(
                     "gradient", self._step, slot, owner, shape, group=index, part=part
@@ -48,23 +58,30 @@ class Reduction:
                 self._post(frame, payload)
 
     def take(self, frame: Frame, payload: Payload) -> None:
-        """Take a share of an owned shard, or a reduced shard. Raises: CodecError."""
+        """Take a share of an owned shard, or a reduced shard.
+
+        Raises: CodecError if it does not decode, ShareError for a share that is implausible.
+        """
+        meter, group, part = self._setup.meter, self._groups[frame.group], frame.part
+        name = self._name(self._codecs.of(group, part))
         if frame.kind == "reduced":
-            self._reduced[frame.group].take(frame.part, payload)
+            reduced = self._reduced[frame.group]
+            meter.decode("reduced", name, lambda: reduced.take(part, payload))
             self._payloads[frame.group, frame.part] = payload
             return
-        reduced = self._sums[frame.group, frame.part].add(frame.source, payload)
-        if reduced is None:
+        shares = self._sums[frame.group, part]
+        total = meter.decode("gradient", name, lambda: shares.add(frame.source, payload))
+        if total is None:
             return
         del self._sums[frame.group, frame.part]
-        group = self._groups[frame.group]
+        coded = self._encode(Sent("sum", frame.target, frame.group, frame.part), total)
         shape = self._shape(frame.group, frame.part)
         for receiver in group.receivers(self._setup.plan):
             answer = self._setup.frame(
                 "reduced", self._step, frame.target, receiver, shape,
                 group=frame.group, part=frame.part,
             )  # fmt: skip
-            self._post(answer, reduced)
+            self._post(answer, coded)
             hit("mid_tensor", self._step)
 
     def is_complete(self, stage: int) -> bool:
@@ -80,7 +97,9 @@ class Reduction:
                 for index in self._setup.stage_groups[stage].indices
                 for part in range(self._groups[index].num_parts)
             ]
-            self._logged[stage] = self._setup.logs[stage].write(self._step, payloads)
+            update = self._setup.logs[stage].write(self._step, payloads)
+            self._setup.residuals.logged(stage, self._step, update)
+            self._logged[stage] = update
             if len(self._logged) == len(self._setup.stage_groups):
                 self._payloads.clear()  # tied ends share a group: not before both have it
         return self._logged[stage]
@@ -105,9 +124,31 @@ class Reduction:
                 for name, view in setup.reduced[index].views.items()
             }
             state.apply(views, num_steps=setup.manifest.num_steps)
+        setup.residuals.committed(self._step)
+        if setup.deltas is not None:
+            setup.deltas.commit()
 
     def state_hash(self, stage: int) -> str:
         return self._setup.stages[stage].state_hash()
+
+    def _encode(self, key: Sent, values: Tensor) -> Payload:
+        """Code what is sent; with error feedback, also what is owed of the steps before."""
+        setup, step = self._setup, self._step
+        codec = self._codecs.of(self._groups[key.group], key.part)
+        kind: FrameKind = "gradient" if key.kind == "share" else "reduced"
+        if setup.gradient.memory == "feedback":
+            residuals = setup.residuals
+            return setup.meter.encode(
+                kind, self._name(codec), values,
+                lambda: residuals.encode(key, values, codec, step), lambda _: residuals.lost(key),
+            )  # fmt: skip
+        return setup.meter.encode(
+            kind, self._name(codec), values, lambda: codec.encode(values),
+            lambda coded: values - codec.decode(coded, values.shape, device=values.device),
+        )  # fmt: skip
+
+    def _name(self, codec: Codec) -> str:
+        return f"{codec.spec}+ef" if self._setup.gradient.memory == "feedback" else codec.spec
 
     def _shape(self, index: int, part: int) -> tuple[int]:
         start, stop = self._groups[index].shard(part)

@@ -1,14 +1,18 @@
 """Everything that stays the same within one generation, made from a Configure."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils import deterministic
 
-from swarmnode.compression.codec import Codec, get_codec
+from swarmnode.codec_specs import SMALL_ELEMENTS, CodecSpec, for_size, parse_spec
+from swarmnode.compression.codec import Codec, codec_of, get_codec
 from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.engine_messages import Configure
 from swarmnode.errors import DataError
@@ -17,13 +21,19 @@ from swarmnode.messages import (
     Frame,
     FrameKind,
 )
-from swarmnode.worker.engine.batches import Batches
+from swarmnode.worker.engine.batches import Batches, sample_map
 from swarmnode.worker.engine.ports import Log
 from swarmnode.worker.files import stage_directory
-from swarmnode.worker.training.expected import ExpectedFrames, Role
+from swarmnode.worker.training.deltas import Deltas, DeltaSizes
+from swarmnode.worker.training.expected import Boundary, ExpectedFrames, Role
 from swarmnode.worker.training.groups import Group, Parameter, StageGroups, stage_groups
-from swarmnode.worker.training.reduce import FlatGradient
+from swarmnode.worker.training.meter import CodingMeter
+from swarmnode.worker.training.reduce import FlatGradient, ShardCodecs
+from swarmnode.worker.training.residuals import Residuals
+from swarmnode.worker.training.samples import SampleMap
 from swarmnode.worker.training.state import StageState
+
+BoundaryRole = Literal[Boundary, "held_out"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,14 @@ class Setup:
     stages: dict[int, StageState]
     """The state of every stage that is held."""
     stage_groups: dict[int, StageGroups]
-    codecs: dict[Role, Codec]
+    codecs: dict[BoundaryRole, Codec]
+    """Of what crosses from stage to stage; of the change where there are `deltas`."""
+    gradient: CodecSpec
+    """Of what is summed among the slots of a stage."""
+    residuals: Residuals
+    deltas: Deltas | None
+    """Where hidden states of training travel as changes."""
+    meter: CodingMeter
     batches: Batches | None
     """Absent where nothing trains, and on nodes between the first and the last stage."""
     expected: ExpectedFrames
@@ -102,6 +119,8 @@ def make_setup(
     manifest: Manifest,
     stages: dict[int, StageState],
     make_log: Callable[[Path], Log],
+    residuals: Residuals,
+    meter: CodingMeter,
 ) -> Setup:
     """Lay out gradients, frames and data for a generation whose stages are here.
 
@@ -109,12 +128,14 @@ def make_setup(
     """
     plan, peer, trains = configure.plan, configure.peer, manifest.kind == "train"
     hosted, held = plan.hosted_by(peer), plan.held_by(peer)
-    codecs: dict[Role, Codec] = {
-        "activation": get_codec(manifest.codecs.activation),
+    activation = parse_spec(manifest.codecs.activation)
+    codecs: dict[BoundaryRole, Codec] = {
+        "activation": codec_of(activation),
         "activation_gradient": get_codec(manifest.codecs.activation_gradient),
-        "gradient": get_codec(manifest.codecs.gradient),
+        "held_out": codec_of(activation.cold),
     }
-    by_stage = {s: groups_of(state, s, plan) for s, state in stages.items() if trains}
+    gradient = parse_spec(manifest.codecs.gradient)
+    by_stage = {s: groups_of(state, s, plan, gradient) for s, state in stages.items() if trains}
     groups: dict[int, Group] = {g.index: g for found in by_stage.values() for g, _ in found.groups}
     reads_data = trains and any(slot.stage in (0, plan.num_stages - 1) for slot in hosted)
     batches = Batches(manifest, Path(configure.blob_directory)) if reads_data else None
@@ -124,17 +145,24 @@ def make_setup(
             f"batch.sequence_length = {batch.sequence_length} is more than the model's "
             f"{module.max_positions} positions"
         )
+    hidden_shape = (batch.rows, batch.sequence_length, module.hidden_size)
+    sizes = DeltaSizes(activation, hidden_shape) if activation.memory == "delta" else None
     expected = ExpectedFrames(
         plan=plan,
         peer=peer,
-        hidden_shape=(batch.rows, batch.sequence_length, module.hidden_size),
+        hidden_shape=hidden_shape,
         num_microbatches=batch.num_microbatches if trains else 0,
         num_evaluation_microbatches=(
             batches.num_evaluation_microbatches if batches else manifest.run.evaluate_microbatches
         ),
         groups=groups,
-        wire_bytes=lambda role, shape: codecs[role].wire_bytes(shape),
+        fits=_sizes_rule(codecs, ShardCodecs(gradient), sizes),
     )
+    deltas = None
+    if sizes is not None and trains and plan.num_stages > 1:
+        samples = sample_map(manifest, Path(configure.blob_directory))
+        budget_bytes = manifest.codecs.delta_cache_bytes
+        deltas = Deltas(activation, sizes, plan, hosted, partial(_keys, samples), budget_bytes)
     device = configure.device
     accumulators = {
         slot: {
@@ -151,12 +179,36 @@ def make_setup(
     logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     return Setup(
         configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
-        codecs, batches, expected, accumulators, reduced, logs,
+        codecs, gradient, residuals, deltas, meter, batches, expected, accumulators, reduced, logs,
     )  # fmt: skip
 
 
-def groups_of(state: StageState, stage: int, plan: Plan) -> StageGroups:
+def _sizes_rule(
+    codecs: Mapping[BoundaryRole, Codec], shards: ShardCodecs, sizes: DeltaSizes | None
+) -> Callable[[Role, Sequence[int], int], bool]:
+    """Which tensors can have how many bytes."""
+
+    def fits(role: Role, shape: Sequence[int], num_bytes: int) -> bool:
+        if role == "activation" and sizes is not None:
+            return sizes.fits(num_bytes)
+        if role == "gradient" or role == "small_gradient":
+            is_small = role == "small_gradient"
+            codec = shards.for_values(math.prod(shape), is_small=is_small)
+        else:
+            codec = codecs[role]
+        return num_bytes == codec.wire_bytes(shape)
+
+    return fits
+
+
+def _keys(samples: SampleMap, step: int, microbatch: int) -> tuple[bytes, ...]:
+    """A name for each sample of a microbatch: where it starts in the tokens."""
+    return tuple(start.to_bytes(8) for start in samples.sample_offsets(step, microbatch))
+
+
+def groups_of(state: StageState, stage: int, plan: Plan, gradient: CodecSpec) -> StageGroups:
     """The reduction groups of a stage, from the names and shapes of its parameters."""
+    is_coarse = for_size(gradient, 0) != gradient
     shapes = {name: tuple(p.shape) for name, p in state.module.parameters_by_name().items()}
     return stage_groups(
         stage=stage,
@@ -164,6 +216,7 @@ def groups_of(state: StageState, stage: int, plan: Plan) -> StageGroups:
         num_slots=plan.num_slots,
         shapes=shapes,
         tied=state.module.tied,
+        small_values=SMALL_ELEMENTS if is_coarse else 0,
     )
 
 

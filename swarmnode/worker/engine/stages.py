@@ -1,12 +1,15 @@
 """The stages of a generation: taken from memory, a file or the seed, and brought to its step."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from swarmnode.compression.codec import get_codec
+from swarmnode.codec_specs import parse_spec
+from swarmnode.domain import BlobRef
 from swarmnode.engine_messages import Base, Configure
 from swarmnode.errors import DataError
 from swarmnode.manifest import Manifest
+from swarmnode.updates import index_update
 from swarmnode.worker.engine.setup import groups_of
 from swarmnode.worker.training.replay import replay
 from swarmnode.worker.training.state import StageState, initial_state, loaded_state
@@ -27,11 +30,12 @@ def make_stages(
         if base is None:
             raise DataError(f"nothing says where stage {stage} comes from")
         state = stages[stage] = _based_on(base, configure, manifest, held.get(stage))
+        gradient = parse_spec(manifest.codecs.gradient)
         if base.replays and state.step < configure.step:
             replay(
                 state,
-                groups_of(state, stage, configure.plan),
-                get_codec(manifest.codecs.gradient),
+                groups_of(state, stage, configure.plan, gradient),
+                gradient,
                 base.replays,
                 num_steps=manifest.num_steps,
                 device=configure.device,
@@ -39,6 +43,16 @@ def make_stages(
         if state.step != configure.step:
             raise DataError(f"stage {stage} is held at step {state.step}, not {configure.step}")
     return stages
+
+
+def committed_update(configure: Configure, stage: int) -> BlobRef | None:
+    """The update that was committed in the step before, where it is to be applied again here."""
+    replays = [r for base in configure.bases if base.stage == stage for r in base.replays]
+    for update in replays:
+        if update.step == configure.step - 1:
+            with contextlib.suppress(OSError):
+                return index_update(update.step, [Path(update.path).read_bytes()]).ref
+    return None
 
 
 def _based_on(

@@ -11,7 +11,9 @@ from swarmnode.messages import (
 )
 from swarmnode.worker.training.groups import Group
 
-Role = Literal["activation", "activation_gradient", "gradient"]
+Boundary = Literal["activation", "activation_gradient"]
+Role = Literal[Boundary, "held_out", "gradient", "small_gradient"]
+"""`held_out`: a hidden state of an evaluation."""
 Refusal = Literal["slot", "microbatch", "part", "shape", "length"]
 
 
@@ -46,23 +48,26 @@ class ExpectedFrames:
     groups: Mapping[int, Group]
     """The reduction groups of the stages that the peer holds, by index; empty where nothing
     trains."""
-    wire_bytes: Callable[[Role, Sequence[int]], int]
-    """The exact payload length of a tensor of a role and a shape."""
+    fits: Callable[[Role, Sequence[int], int], bool]
+    """Whether a tensor of a role and a shape can have so many bytes."""
 
     def refusal(self, frame: Frame, num_payload_bytes: int) -> Refusal | None:
         """Why the frame cannot be one of this generation, or None if it can."""
         if not self._is_hosted(frame.target):
             return "slot"
+        role: Role
         if frame.kind in ("activation", "activation_gradient"):
-            wrong, shape = self._boundary(frame), tuple[int, ...](self.hidden_shape)
+            role = "held_out" if frame.evaluate else frame.kind
+            wrong, shape = self._boundary(frame), tuple(self.hidden_shape)
         else:
             wrong, shape = self._reduction(frame)
+            is_small = wrong is None and self.groups[frame.group].is_small
+            role = "small_gradient" if is_small else "gradient"
         if wrong is not None:
             return wrong
         if frame.shape != shape:
             return "shape"
-        role: Role = "gradient" if frame.kind == "reduced" else frame.kind
-        return None if num_payload_bytes == self.wire_bytes(role, shape) else "length"
+        return None if self.fits(role, shape, num_payload_bytes) else "length"
 
     def _is_hosted(self, slot: SlotId) -> bool:
         return slot in self.plan and self.plan.host(slot) == self.peer

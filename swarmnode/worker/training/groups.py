@@ -2,7 +2,9 @@
 
 Group s is all slots of stage s over the stage's own parameters. Where input and output
 embeddings are tied and lie in different stages, group S is all slots of stage 0, then all of
-stage S-1, over the tied parameter alone, which groups 0 and S-1 then leave out.
+stage S-1, over the tied parameter alone, which groups 0 and S-1 then leave out. Where gradients
+are coded coarsely, group S+1+s has the small parameters of stage s: norms and biases, a small
+share of the bytes and a large one of the damage.
 """
 
 import math
@@ -40,6 +42,8 @@ class Group:
     index: int
     members: tuple[SlotId, ...]
     num_values: int
+    is_small: bool = False
+    """Whether it is made of small parameters, which bear no coarse codec."""
 
     @property
     def num_parts(self) -> int:
@@ -91,21 +95,28 @@ def stage_groups(
     num_slots: int,
     shapes: Mapping[str, Sequence[int]],
     tied: Mapping[str, str],
+    small_values: int = 0,
 ) -> StageGroups:
     """The groups of `stage`, whose parameters have `shapes` by canonical name.
 
     `tied` maps the head's copy to the embedding that it equals; it is empty where they are one
-    parameter. Parameters lie in sorted order of their names, each group starting at 0.
+    parameter. Parameters lie in sorted order of their names, each group starting at 0. Those of
+    fewer than `small_values` values have a group of their own.
     """
     ends = (0, num_stages - 1)
     shared = set(tied) | set(tied.values()) if num_stages > 1 and stage in ends else set()
-    own = _layout({name: shapes[name] for name in shapes if name not in shared})
+    small = {n for n in shapes if n not in shared and math.prod(shapes[n]) < small_values}
+    own = _layout({name: shapes[name] for name in shapes if name not in shared | small})
     members = tuple(SlotId(stage, slot) for slot in range(num_slots))
     found = [(Group(stage, members, _num_values(own)), own)]
     both = _layout({name: shapes[name] for name in shapes if name in shared})
     if both:
         members = tuple(SlotId(end, slot) for end in ends for slot in range(num_slots))
         found.append((Group(num_stages, members, _num_values(both)), both))
+    rest = _layout({name: shapes[name] for name in small})
+    if rest:
+        members, index = found[0][0].members, num_stages + 1 + stage
+        found.append((Group(index, members, _num_values(rest), is_small=True), rest))
     return StageGroups(tuple(found))
 
 

@@ -4,14 +4,39 @@ Every slot's share and every shard's sum pass through the codec once, also where
 one machine: the result depends on the slots, never on their hosts.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from swarmnode.compression.codec import Codec, Payload
+from swarmnode.codec_specs import CodecSpec, for_size
+from swarmnode.compression.codec import Codec, Payload, codec_of
 from swarmnode.domain import SlotId
+from swarmnode.errors import ShareError
 from swarmnode.worker.training.groups import Group, Parameter
+
+MAX_NORM_RATIO = 1000.0
+"""How many times a share's norm may be the median of the others'. Far more than noise makes of
+it, and far less than a broken exponent: what comes again and again must not stop the run."""
+
+
+@dataclass(frozen=True)
+class ShardCodecs:
+    """The codec of each shard in one step: what is small loses no more than bfloat16."""
+
+    spec: CodecSpec
+    step: int = 0
+
+    def of(self, group: Group, part: int) -> Codec:
+        start, stop = group.shard(part)
+        return self.for_values(stop - start, is_small=group.is_small)
+
+    def for_values(self, num_values: int, *, is_small: bool = False) -> Codec:
+        form = for_size(self.spec, 0 if is_small else num_values)
+        return codec_of(form).at(self.step)
 
 
 class FlatGradient:
@@ -24,11 +49,13 @@ class FlatGradient:
         }
 
 
-def encode_shards(group: Group, codec: Codec, flat: Tensor) -> Iterator[tuple[int, Payload]]:
-    """Yield (part, payload) of one slot's share of every shard."""
+def encode_shards(
+    group: Group, flat: Tensor, encode: Callable[[int, Tensor], Payload]
+) -> Iterator[tuple[int, Payload]]:
+    """Yield (part, payload) of one slot's share of every shard; `encode` gets both as well."""
     for part in range(group.num_parts):
         start, stop = group.shard(part)
-        yield part, codec.encode(flat[start:stop])
+        yield part, encode(part, flat[start:stop])
 
 
 class ShardSum:
@@ -37,44 +64,71 @@ class ShardSum:
     Shares are added in member order as soon as they are next; early ones wait undecoded.
     """
 
-    def __init__(self, group: Group, part: int, codec: Codec, device: str) -> None:
+    def __init__(self, group: Group, part: int, codecs: ShardCodecs, device: str) -> None:
         start, stop = group.shard(part)
         self._members = group.members
-        self._codec = codec
+        self._codec = codecs.of(group, part)
         self._waiting: dict[SlotId, Payload] = {}
-        self._num_added = 0
+        self._norms: dict[SlotId, float] = {}
         self._device = device
         self._sum = torch.zeros(stop - start, dtype=torch.float32, device=device)
 
-    def add(self, source: SlotId, payload: Payload) -> Payload | None:
-        """Take the share of `source`; return the coded sum once all members are in it.
+    def add(self, source: SlotId, payload: Payload) -> Tensor | None:
+        """Take the share of `source`; return the sum once all members are in it.
 
-        Raises: CodecError if a share does not decode or the sum cannot be coded.
+        Raises: CodecError if a share does not decode, ShareError for an implausible one.
         """
         self._waiting[source] = payload
-        while self._num_added < len(self._members):
-            share = self._waiting.pop(self._members[self._num_added], None)
-            if share is None:
+        while len(self._norms) < len(self._members):
+            member = self._members[len(self._norms)]
+            coded = self._waiting.pop(member, None)
+            if coded is None:
                 return None
-            self._sum += self._codec.decode(share, self._sum.shape, device=self._device)
-            self._num_added += 1
-        return self._codec.encode(self._sum)
+            share = self._codec.decode(coded, self._sum.shape, device=self._device)
+            self._norms[member] = float(torch.linalg.vector_norm(share, dtype=torch.float64))
+            self._sum += share
+        check_norms(self._norms)
+        return self._sum
+
+
+def check_norms(norms: Mapping[SlotId, float]) -> None:
+    """Refuse a share that is not finite, or so large that it would drown the others.
+
+    Compared are slots of one stage: those of a tied head have other norms than the embedding's.
+    Shares that are all zero say nothing: a slot need not have met any token of a shard. Where no
+    share is finite, the run has diverged; that is for the coordinator to say.
+
+    Raises: ShareError.
+    """
+    if not any(math.isfinite(norm) for norm in norms.values()):
+        return
+    for slot, norm in norms.items():
+        if not math.isfinite(norm):
+            raise ShareError(slot.stage, slot.slot, "is not finite")
+        others = [
+            other
+            for at, other in norms.items()
+            if at != slot and at.stage == slot.stage and 0 < other < math.inf
+        ]
+        if others and norm > MAX_NORM_RATIO * median(others):
+            reason = f"has norm {norm:.3g}, the median of the others is {median(others):.3g}"
+            raise ShareError(slot.stage, slot.slot, reason)
 
 
 class ReducedGradient:
     """A group's summed gradient as this node receives it, shard by shard."""
 
-    def __init__(self, group: Group, codec: Codec, flat: Tensor) -> None:
+    def __init__(self, group: Group, codecs: ShardCodecs, flat: Tensor) -> None:
         self._group = group
-        self._codec = codec
+        self._codecs = codecs
         self._flat = flat
         self._missing = set(range(group.num_parts))
 
     def take(self, part: int, payload: Payload) -> None:
         """Decode shard `part` in its place. Raises: CodecError if it does not decode."""
         start, stop = self._group.shard(part)
-        decoded = self._codec.decode(payload, (stop - start,), device=str(self._flat.device))
-        self._flat[start:stop] = decoded
+        codec, device = self._codecs.of(self._group, part), str(self._flat.device)
+        self._flat[start:stop] = codec.decode(payload, (stop - start,), device=device)
         self._missing.discard(part)
 
     @property

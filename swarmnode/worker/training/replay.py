@@ -5,18 +5,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swarmnode.compression.codec import Codec
+from swarmnode.codec_specs import CodecSpec
 from swarmnode.engine_messages import Replay
 from swarmnode.errors import DataError
 from swarmnode.worker.training.groups import StageGroups
-from swarmnode.worker.training.reduce import FlatGradient, ReducedGradient
+from swarmnode.worker.training.reduce import FlatGradient, ReducedGradient, ShardCodecs
 from swarmnode.worker.training.state import StageState
 
 
 def replay(
     state: StageState,
     groups: StageGroups,
-    codec: Codec,
+    spec: CodecSpec,
     updates: Iterable[Replay],
     *,
     num_steps: int,
@@ -34,20 +34,23 @@ def replay(
             continue
         if update.step > state.step:
             raise DataError(f"the update of step {state.step} is missing")
-        of_step = codec.at(update.step)
-        _decode(update, groups, of_step, {index: flat.flat for index, flat in flats.items()})
+        codecs = ShardCodecs(spec, update.step)
+        _decode(update, groups, codecs, {index: flat.flat for index, flat in flats.items()})
         for flat in flats.values():
             flat.flat.mul_(update.scale)
         state.apply(views, num_steps=num_steps)
 
 
-def _decode(update: Replay, groups: StageGroups, codec: Codec, flats: Mapping[int, Tensor]) -> None:
+def _decode(
+    update: Replay, groups: StageGroups, codecs: ShardCodecs, flats: Mapping[int, Tensor]
+) -> None:
     """Fill the flat gradients with what an update's file holds."""
     path = Path(update.path)
     shards = [
-        (group, part, codec.wire_bytes((group.shard(part)[1] - group.shard(part)[0],)))
+        (group, part, codecs.of(group, part).wire_bytes((stop - start,)))
         for group, _ in groups.groups
         for part in range(group.num_parts)
+        for start, stop in (group.shard(part),)
     ]
     expected = sum(num_bytes for _, _, num_bytes in shards)
     try:
@@ -57,7 +60,7 @@ def _decode(update: Replay, groups: StageGroups, codec: Codec, flats: Mapping[in
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if len(data) != expected:
         raise DataError(f"{path} has {num_bytes} bytes, an update of this stage {expected}")
-    reduced = {g.index: ReducedGradient(g, codec, flats[g.index]) for g, _ in groups.groups}
+    reduced = {g.index: ReducedGradient(g, codecs, flats[g.index]) for g, _ in groups.groups}
     offset = 0
     for group, part, size in shards:
         reduced[group.index].take(part, data[offset : offset + size])

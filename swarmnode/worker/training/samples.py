@@ -20,6 +20,7 @@ from swarmnode.tokens import TOKEN_BYTES, TokenIndex
 
 _NUM_ROUNDS = 6
 _MASK = (1 << 64) - 1
+_LANE = 0xD1342543DE82EF95
 _MAX_MAPPED_CHUNKS = 64
 
 
@@ -39,21 +40,29 @@ def num_windows(num_tokens: int, sequence_length: int) -> int:
 
 @dataclass(frozen=True)
 class SampleMap:
-    """The map (step, microbatch) -> windows of the training stream: a pure function."""
+    """The map (step, microbatch) -> windows of the training stream: a pure function.
+
+    With lanes, microbatch mb only sees windows of lane mb % num_lanes, in every epoch: whoever
+    computes a lane meets its samples again. Up to `num_lanes` - 1 windows are then left out.
+    """
 
     seed: int
     num_tokens: int
     sequence_length: int
     rows: int
     num_microbatches: int
+    num_lanes: int = 1
 
     def __post_init__(self) -> None:
-        """Raises: DataError if the stream is shorter than one window."""
-        num_windows(self.num_tokens, self.sequence_length)
+        """Raises: DataError if the stream is shorter than one window for each lane."""
+        assert self.num_microbatches % self.num_lanes == 0
+        if num_windows(self.num_tokens, self.sequence_length) < self.num_lanes:
+            raise DataError(f"{self.num_tokens} tokens are too few for {self.num_lanes} pipelines")
 
     @property
     def windows_per_epoch(self) -> int:
-        return num_windows(self.num_tokens, self.sequence_length)
+        """Of one lane."""
+        return num_windows(self.num_tokens, self.sequence_length) // self.num_lanes
 
     def sample_offsets(self, step: int, microbatch: int) -> tuple[int, ...]:
         """Where each of the `rows` windows of the microbatch starts, in tokens.
@@ -62,13 +71,14 @@ class SampleMap:
         """
         assert step >= 0
         assert 0 <= microbatch < self.num_microbatches
-        first = (step * self.num_microbatches + microbatch) * self.rows
-        count = self.windows_per_epoch
+        number, lane = divmod(step * self.num_microbatches + microbatch, self.num_lanes)
+        first, count = number * self.rows, self.windows_per_epoch
         places = (divmod(first + row, count) for row in range(self.rows))
-        return tuple(
-            permute(place, count, _epoch_key(self.seed, epoch)) * self.sequence_length
+        windows = (
+            permute(place, count, _epoch_key(self.seed, epoch) + lane * _LANE)
             for epoch, place in places
         )
+        return tuple((w * self.num_lanes + lane) * self.sequence_length for w in windows)
 
 
 def num_validation_microbatches(num_tokens: int, sequence_length: int, rows: int, most: int) -> int:

@@ -1,0 +1,138 @@
+"""AQ-SGD at a node's boundaries: hidden states as changes since their sample was last here.
+
+Letters: B rows, S positions, D hidden width.
+
+Each slot has a cache for what it sends to the stage after it and one for what it gets from the
+stage before it, also where both ends are on this node. A frame of the engine is one frame of
+`delta` for each row. Caches live for one generation; what the step at hand puts into them lasts
+once the step is committed, which both ends hear before either begins the next.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from swarmnode.codec_specs import CodecSpec
+from swarmnode.compression.codec import Payload, codec_of, get_codec
+from swarmnode.compression.delta import DeltaReceiver, DeltaSender
+from swarmnode.compression.delta_cache import DeltaCache
+from swarmnode.compression.delta_frames import IS_DELTA_AT, PREFIX_BYTES
+from swarmnode.compression.payload import header_bytes
+from swarmnode.domain import Plan, SlotId
+from swarmnode.errors import CodecError
+
+
+class DeltaSizes:
+    """How long a microbatch of hidden states may be: each row in full, or as a change."""
+
+    def __init__(self, form: CodecSpec, hidden_shape: tuple[int, int, int]) -> None:
+        self.num_rows, *row = hidden_shape
+        self.row_shape = tuple(row)
+        bf16, codec = get_codec("bf16"), codec_of(form)
+        self.full_bytes, self.change_bytes = (
+            PREFIX_BYTES + header_bytes(each, self.row_shape) + each.wire_bytes(self.row_shape)
+            for each in (bf16, codec)
+        )
+
+    def fits(self, num_bytes: int) -> bool:
+        return any(
+            num_bytes == full * self.full_bytes + (self.num_rows - full) * self.change_bytes
+            for full in range(self.num_rows + 1)
+        )
+
+    def split(self, payload: Payload) -> list[memoryview]:
+        """One frame for each row. Raises: CodecError if they are not what there must be."""
+        left, frames = memoryview(payload).cast("B"), []
+        for _ in range(self.num_rows):
+            if len(left) <= IS_DELTA_AT:
+                raise CodecError("hidden states end before their last row")
+            size = self.change_bytes if left[IS_DELTA_AT] else self.full_bytes
+            frames.append(left[:size])
+            left = left[size:]
+        if len(left):
+            raise CodecError(f"{len(left)} bytes after the last row of hidden states")
+        return frames
+
+
+class Deltas:
+    """Both ends of every boundary that a node has a part in, for one generation."""
+
+    def __init__(
+        self,
+        form: CodecSpec,
+        sizes: DeltaSizes,
+        plan: Plan,
+        hosted: Iterable[SlotId],
+        keys_of: Callable[[int, int], Sequence[bytes]],
+        budget_bytes: int,
+    ) -> None:
+        """`keys_of` names the samples of a (step, microbatch), row by row; `budget_bytes` is for
+        each end of each boundary. Raises: CapacityError if there is no such memory."""
+        self._sizes = sizes
+        self._keys_of = keys_of
+        slot_values = torch.Size(sizes.row_shape).numel()
+        self._senders: dict[SlotId, DeltaSender] = {}
+        self._receivers: dict[SlotId, DeltaReceiver] = {}
+        for slot in sorted(hosted):
+            if slot.stage < plan.num_stages - 1:
+                cache = DeltaCache(budget_bytes, slot_values)
+                self._senders[slot] = DeltaSender(str(form), _scope(plan, slot.stage, slot), cache)
+            if slot.stage > 0:
+                scope = _scope(plan, slot.stage - 1, slot)
+                cache = DeltaCache(budget_bytes, slot_values)
+                self._receivers[slot] = DeltaReceiver(str(form), scope, cache)
+
+    def encode(self, source: SlotId, step: int, microbatch: int, hidden_BSD: Tensor) -> bytearray:
+        """The frames of what `source` sends on."""
+        sender, payload = self._senders[source], bytearray()
+        for key, hidden_SD in zip(self._keys_of(step, microbatch), hidden_BSD, strict=True):
+            payload += sender.prepare(key, hidden_SD)
+        return payload
+
+    def decode(self, target: SlotId, payload: Payload, device: torch.device | str) -> Tensor:
+        """The hidden states (B, S, D) that `target` computes on, float32.
+
+        Raises: CodecError if a frame does not follow from what is held here. The generation then
+        ends, and the next one begins without any history: rarer than a refusal is worth.
+        """
+        receiver, rows = self._receivers[target], []
+        for frame in self._sizes.split(payload):
+            found = receiver.receive(frame, device)
+            hidden_SD = None if found.is_repeated else found.tensor
+            if hidden_SD is None or hidden_SD.shape != self._sizes.row_shape:
+                raise CodecError(
+                    f"hidden states for stage {target.stage}, slot {target.slot} "
+                    "do not follow from those that are held of the same sample"
+                )
+            rows.append(hidden_SD)
+        return torch.stack(rows)
+
+    def error(
+        self, source: SlotId, step: int, microbatch: int, hidden_BSD: Tensor
+    ) -> Tensor | None:
+        """What the receiver of `encode` lacks; None where a row was sent without being kept."""
+        sender = self._senders[source]
+        found = [sender.held(key) for key in self._keys_of(step, microbatch)]
+        kept = [each.to(hidden_BSD.device).float() for each in found if each is not None]
+        return hidden_BSD - torch.stack(kept) if len(kept) == len(found) else None
+
+    def commit(self) -> None:
+        """The step is committed: what it put into the caches lasts."""
+        for end in (*self._senders.values(), *self._receivers.values()):
+            end.commit()
+
+    @property
+    def num_full(self) -> int:
+        """Samples that were sent in full."""
+        counts = [end.counts for end in self._senders.values()]
+        return sum(each.num_full + each.num_unkept + each.num_cold for each in counts)
+
+    @property
+    def num_changes(self) -> int:
+        """Samples that were sent as a change."""
+        return sum(end.counts.num_deltas for end in self._senders.values())
+
+
+def _scope(plan: Plan, cut: int, slot: SlotId) -> bytes:
+    return f"generation {plan.generation}, cut {cut}, slot {slot.slot}".encode()
