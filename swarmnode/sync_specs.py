@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from swarmnode.codec_specs import SMALL_ELEMENTS, CodecSpec, for_size, stateless_spec
 from swarmnode.errors import ManifestError
@@ -160,7 +160,8 @@ def parse_sync(text: str) -> Sync:
         if name not in SYNC_PRESETS:
             raise ManifestError(f"unknown sync {name!r:.60}; use one of: {', '.join(SYNC_PRESETS)}")
         sync = SYNC_PRESETS[name]
-    return replace(sync, **dict(_field(part) for part in parts))
+    changes: dict[str, Any] = dict(_field(part) for part in parts)
+    return replace(sync, **changes)
 
 
 _TYPES = {each.name: each.type for each in fields(Sync)}

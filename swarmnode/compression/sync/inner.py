@@ -41,7 +41,7 @@ class InnerAdamW:
     def momentum_with(self, gradient_N: Tensor) -> Tensor:
         """What the momentum would be; nothing changes."""
         first = self._betas[0]
-        return self.momentum_N.mul(first).add_(self._clipped(gradient_N), alpha=1 - first)
+        return torch.add(self.momentum_N * first, self._clipped(gradient_N), alpha=1 - first)
 
     def step_with(self, theta_N: Tensor, momentum_N: Tensor, rate: float) -> None:
         """One step with this momentum and the variance as it was when this was first called.

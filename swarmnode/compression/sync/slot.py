@@ -88,6 +88,13 @@ class SyncedSlot:
         return self.exchange.anchor_N if is_anchored else self.theta_N  # type: ignore[union-attr]
 
     @property
+    def num_rejected(self) -> int:
+        """Contributions of others (or its own) that this slot has left out."""
+        if isinstance(self.exchange, NeighbourSync):
+            return self.exchange.num_rejected
+        return self.exchange.averager.num_rejected
+
+    @property
     def is_due(self) -> bool:
         """Whether an exchange begins after this step."""
         return self.num_steps > 0 and self.num_steps % self.sync.gap == 0
