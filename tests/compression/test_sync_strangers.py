@@ -7,11 +7,13 @@ import torch
 
 from swarmnode.compression.sync.averaging import Averager
 from swarmnode.compression.sync.layout import layout_of
+from swarmnode.compression.sync.loopback import exchange
 from swarmnode.compression.sync.messages import HEADER_BYTES
+from swarmnode.compression.sync.neighbours import NeighbourSync
 from swarmnode.compression.sync.sums import checked_mean, rejected_slots
 from swarmnode.errors import CodecError
 from swarmnode.sync_specs import Sync, parse_sync
-from tests.compression.sync_stage import SHAPES
+from tests.compression.sync_stage import RATE, SHAPES, Stage
 from tests.compression.test_sync import run_exchange
 
 BAD = [math.nan, math.inf, 1e4, 1e30]
@@ -105,6 +107,19 @@ def test_a_message_of_another_exchange_or_sync_is_refused() -> None:
     other[0].prepare(values_N)
     with pytest.raises(CodecError, match="not the message of exchange 0"):
         other[0].receive({1: old})
+
+
+@pytest.mark.parametrize("name", ["diloco,every=1", "lowprecision"])
+def test_slots_that_have_drifted_apart_refuse_each_other(name: str) -> None:
+    stage = Stage(parse_sync(name))
+    stage.train(2, is_last=False)
+    first = stage.slots[0].exchange
+    drifted_N = first.mirrors[1] if isinstance(first, NeighbourSync) else stage.slots[0].common
+    drifted_N[7] = drifted_N[7].nextafter(torch.tensor(9.0))
+    for slot in stage.slots:
+        slot.learn(stage.gradient(slot), RATE)
+    with pytest.raises(CodecError, match="not the message of exchange 2"):
+        exchange(stage.slots, stage.traffic)
 
 
 def test_a_value_that_cannot_be_coded_leaves_nothing_under_way() -> None:

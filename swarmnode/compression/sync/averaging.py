@@ -11,7 +11,7 @@ who sum alike (K - 1 of a vector, which may be much smaller).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -92,13 +92,14 @@ class Averager:
             self.fragment, owner if self.sync.topology == "owners" else None
         )
 
-    def prepare(self, values_N: Tensor) -> dict[int, bytes]:
+    def prepare(self, values_N: Tensor, state: int = 0) -> dict[int, bytes]:
         """Code this slot's contribution of this fragment. What to send, by slot.
 
+        `state` is the checksum of what the values are a difference to: all must have the same.
         Raises: CodecError if a value cannot be coded; then nothing is under way.
         """
         assert self._open is None, "one exchange at a time"
-        push = Envelope(self.sync, self.layout, self.num_exchanges)
+        push = Envelope(self.sync, self.layout, self.num_exchanges, state=state)
         self._open = _Open(push)
         self._num_rejected_now = 0
         try:
@@ -157,7 +158,7 @@ class Averager:
         if self.sync.topology != "owners" or not parts:
             return {}
         mean = self._mean(pushes, parts)
-        envelope = Envelope(self.sync, self.layout, self.num_exchanges, REPLY)
+        envelope = replace(self._open.push, kind=REPLY)
         bodies, start = [], 0
         for part in parts:
             values = mean[start : start + part.size]
@@ -189,7 +190,7 @@ class Averager:
                 start += part.size
             return result
         result = {part: sent.decoded for part, sent in self._open.replied.items()}
-        envelope = Envelope(self.sync, self.layout, self.num_exchanges, REPLY)
+        envelope = replace(self._open.push, kind=REPLY)
         for slot, message in sorted(messages.items()):
             result.update(envelope.open(slot, message, self._parts_for(slot)))
         assert set(result) == set(self.parts), "a reply from every owner"

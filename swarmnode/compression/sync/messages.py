@@ -7,7 +7,8 @@
     4       2      the sender's slot
     6       2      fragment
     8       4      exchange: the phase of codecs that have one
-    12      4      scope: CRC-32 of the sync's text and the tensors' shapes
+    12      4      scope: CRC-32 of the sync's text, the tensors' shapes, and the state that the
+                   message is a change of (an anchor, a mirror), which both ends hold
     16      4      CRC-32 of everything else
 
 Numbers are little endian. No sizes travel: both ends know the layout, and so the exact length.
@@ -15,7 +16,7 @@ Numbers are little endian. No sizes travel: both ends know the layout, and so th
 
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,14 @@ _MAGIC, _VERSION = b"SY", 1
 PUSH, REPLY = 0, 1
 
 
+def state_of(tensors: Iterable[Tensor]) -> int:
+    """CRC-32 of these tensors' bytes."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy().data, crc)
+    return crc
+
+
 @dataclass(frozen=True)
 class Envelope:
     """What a message must be: nothing else is accepted in its place."""
@@ -41,6 +50,8 @@ class Envelope:
     layout: Layout
     exchange: int
     kind: int = PUSH
+    state: int = 0
+    """CRC-32 of what both ends hold: where it has drifted apart, messages are refused."""
 
     @property
     def fragment(self) -> int:
@@ -48,7 +59,8 @@ class Envelope:
 
     @property
     def _scope(self) -> int:
-        return zlib.crc32(f"{self.sync} {self.layout.shapes} {self.layout.num_slots}".encode())
+        about = (self.layout.shapes, self.layout.num_slots, self.state)
+        return zlib.crc32(f"{self.sync} {about}".encode())
 
     def _header(self, sender: int, crc: int) -> bytes:
         return _HEADER.pack(

@@ -4,12 +4,13 @@ Source: Bagua (arXiv 2107.01499), decentralised algorithms, full and low precisi
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from swarmnode.compression.sync.layout import Layout
-from swarmnode.compression.sync.messages import Envelope
+from swarmnode.compression.sync.layout import Layout, Part
+from swarmnode.compression.sync.messages import Envelope, state_of
 from swarmnode.compression.sync.sums import norm_of, rejected_slots
 from swarmnode.compression.tensors import Payload
 from swarmnode.sync_specs import Sync
@@ -26,7 +27,8 @@ class NeighbourSync:
     Without a memory the parameters travel. With a mirror each slot keeps w, what its neighbours
     know of it, and theirs; it sends q = Q(theta + sum of (theirs - w) / (neighbours + 1) - w),
     all add q to their copies of w, and theta = w. Copies are equal bit for bit as long as every
-    slot commits the same exchanges; separate additions in float32, no product with a sum.
+    slot commits the same exchanges (separate additions in float32, no product with a sum), and a
+    message whose mirror is not is refused.
 
     Neighbours whose parameters (or mirror) are not finite, or whose norm is over ten medians, are
     left out of the mean, and their mirror follows all the same.
@@ -61,12 +63,18 @@ class NeighbourSync:
         if not self.mirrors:
             self._own_N = value_N  # no need to lose anything of the own ones
         self._open = envelope
-        message = envelope.seal(self._slot, bodies)
+        message = self._envelope_of(self._slot).seal(self._slot, bodies)
         return dict.fromkeys(self.neighbours, message)
 
     @property
-    def _parts(self) -> list:  # type: ignore[type-arg]
+    def _parts(self) -> list[Part]:
         return self._layout.parts_of(0)
+
+    def _envelope_of(self, sender: int) -> Envelope:
+        """Messages change what their sender's mirror was: one that has drifted refuses them."""
+        assert self._open is not None
+        mirrors = [self.mirrors[sender]] if self.mirrors else []
+        return replace(self._open, state=state_of(mirrors))
 
     def _mixed(self, theta_N: Tensor, others: Mapping[int, Tensor], own_N: Tensor) -> Tensor:
         """theta + sum of (other - own) / (neighbours + 1), over those who are accepted."""
@@ -89,7 +97,7 @@ class NeighbourSync:
         assert self._open is not None
         received = {self._slot: self._own_N}
         for slot, message in sorted(messages.items()):
-            values = self._open.open(slot, message, self._parts)
+            values = self._envelope_of(slot).open(slot, message, self._parts)
             received[slot] = torch.cat([values[part] for part in self._parts])
         assert len(received) == len(self.neighbours) + 1, "a message from each neighbour"
         if not self.mirrors:

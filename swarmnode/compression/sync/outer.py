@@ -8,6 +8,7 @@ from torch import Tensor
 
 from swarmnode.compression.sync.averaging import Averager
 from swarmnode.compression.sync.layout import Layout, Part
+from swarmnode.compression.sync.messages import state_of
 from swarmnode.compression.sync.sums import norm_of
 from swarmnode.compression.tensors import Payload
 from swarmnode.sync_specs import Outer, Sync
@@ -51,7 +52,8 @@ class DifferenceSync:
     """One slot's part in keeping a common anchor while all train on.
 
     A slot sends by how far its parameters went, anchor - theta; the anchor moves by the outer
-    step of the mean, the same bits on every slot. What theta becomes at the commit:
+    step of the mean, the same bits on every slot. Where anchors have drifted apart all the same,
+    messages are refused. What theta becomes at the commit:
     - memory in the weights: theta + what was sent - the anchor's move. So what was not sent, and
       what was learned meanwhile, stays. Source: CocktailSGD's code.
     - blend b: b theta + (1 - b) anchor. Source: Streaming DiLoCo.
@@ -77,7 +79,8 @@ class DifferenceSync:
             torch.sub(self.anchor_N[rows], theta_N[rows], out=difference_N[rows])
             if self._keeps_late:
                 difference_N[rows] += self._late_N[rows]
-        messages = self.averager.prepare(difference_N)
+        anchor = state_of(self.anchor_N[p.start : p.stop] for p in self.averager.parts)
+        messages = self.averager.prepare(difference_N, anchor)
         if self._keeps_late:
             self._base = {p: theta_N[p.start : p.stop].clone() for p in self.averager.parts}
         return messages
