@@ -5,6 +5,7 @@
     python benchmarks/convergence.py --suite full --text FILE [FILE ...] --output ROWS.jsonl
                                      [--seeds 0] [--methods PRESET ...] [--num-steps 2000]
                                      [--batch 4] [--rate 0.003] [--picture FILE.svg]
+                                     [--size DIM LAYERS HEADS]
 
 smoke, compressed boundaries. A byte-level GPT (4 layers of 64, 217 k parameters) has a cut after
 each block but the last. Text is the standard library's sources unless a file is given. A gap is the
@@ -30,6 +31,7 @@ from pathlib import Path
 import _full_suite
 import torch
 from _environment import environment
+from _language import Size
 from _pilot import Method, Result, Windows, train
 from _synced_run import Plan
 
@@ -98,11 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--num-windows", type=int, default=512)
+    parser.add_argument("--size", type=int, nargs=3, default=[192, 3, 4])
     parser.add_argument("--output", type=Path, default=Path("convergence.jsonl"))
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args(arguments)
     if options.suite == "full":
-        plan = Plan(options.num_steps, options.batch, options.rate, options.num_windows)
+        plan = Plan(
+            options.num_steps,
+            options.batch,
+            options.rate,
+            options.num_windows,
+            size=Size(*options.size),
+        )
         return _full_suite.main(
             options.text, options.methods, options.seeds, plan, options.output, options.picture
         )
