@@ -33,8 +33,8 @@ def rejected_slots(norms: Mapping[int, float], limit: float = NORM_LIMIT) -> tup
 
 
 def norm_of(parts: list[Tensor]) -> float:
-    """The norm of all parts together; infinite or not a number where a value is. In float64."""
-    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+    """The norm of all parts together; infinite or not a number where a value is, or over 1e19."""
+    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
 
 
 def checked_mean(contributions: Mapping[int, list[Tensor]], limit: float = NORM_LIMIT) -> Mean:
