@@ -1,13 +1,22 @@
-"""What compressed boundaries do to a loss: small runs, paired on seed and data, orderings asserted.
+"""What compression does to a loss: runs paired on seed and data, what they must show asserted.
 
     python benchmarks/convergence.py [--suite smoke] [--seeds 0 1 2] [--text FILE]
                                      [--num-samples 800] [--num-epochs 3]
+    python benchmarks/convergence.py --suite full --text FILE [FILE ...] --output ROWS.jsonl
+                                     [--seeds 0] [--methods PRESET ...] [--num-steps 2000]
+                                     [--batch 4] [--rate 0.003] [--picture FILE.svg]
+                                     [--size DIM LAYERS HEADS]
 
-A byte-level GPT (4 layers of 64, 217 k parameters) has a cut after each block but the last. Text
-is the standard library's sources unless a file is given. A gap is the validation loss above that
-of the same seed without any coding, in nats per byte. One table, one JSON line; exit code 1 if
-an ordering does not hold. Gradients in 2 bits are the negative control: the test must see damage;
-bfloat16 is the other one: it must not see any where there is none.
+smoke, compressed boundaries. A byte-level GPT (4 layers of 64, 217 k parameters) has a cut after
+each block but the last. Text is the standard library's sources unless a file is given. A gap is the
+validation loss above that of the same seed without any coding, in nats per byte. One table, one
+JSON line; exit code 1 if an ordering does not hold. Gradients in 2 bits are the negative control:
+the test must see damage; bfloat16 is the other one: it must not see any where there is none.
+
+full, compressed data parallelism: four slots train in turn in one process, each method (a preset
+or text of `sync_specs`) from the same start on the same data in the same order. A row is a JSON
+line, appended to the output when it ends; a row that is there is not run again. Exit code 1 if
+the acceptance does not hold (`_full_suite.py`). Without --text it says so and runs nothing.
 """
 
 import argparse
@@ -19,9 +28,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import _full_suite
 import torch
 from _environment import environment
+from _language import Size
 from _pilot import Method, Result, Windows, train
+from _synced_run import Plan
 
 from swarmnode.cli.demo_data import write_stdlib_sources
 
@@ -78,14 +90,34 @@ def print_table(results: Mapping[int, Mapping[str, Result]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", choices=["smoke"], default="smoke")
+    parser.add_argument("--suite", choices=["smoke", "full"], default="smoke")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--text", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+", default=[])
     parser.add_argument("--num-samples", type=int, default=800)
     parser.add_argument("--num-epochs", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--num-windows", type=int, default=512)
+    parser.add_argument("--size", type=int, nargs=3, default=[192, 3, 4])
+    parser.add_argument("--output", type=Path, default=Path("convergence.jsonl"))
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args(arguments)
+    if options.suite == "full":
+        plan = Plan(
+            options.num_steps,
+            options.batch,
+            options.rate,
+            options.num_windows,
+            size=Size(*options.size),
+        )
+        return _full_suite.main(
+            options.text, options.methods, options.seeds, plan, options.output, options.picture
+        )
     torch.set_num_threads(1)
-    text = read_text(options.text)
+    path = options.text[0] if options.text else None
+    text = read_text(path)
     began_s, results = time.process_time(), {}
     for seed in options.seeds:
         windows = Windows.of(text, seed, options.num_samples, options.num_epochs)
@@ -102,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = {
         "bench": "convergence",
         "suite": options.suite,
-        "text": options.text.name if options.text else "standard library",
+        "text": path.name if path else "standard library",
         "text_bytes": len(text),
         "num_samples": options.num_samples,
         "num_epochs": options.num_epochs,
