@@ -11,7 +11,7 @@ from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
 from swarmnode.coordinator.solving import Solver
 from swarmnode.coordinator.tenure import Tenure
-from swarmnode.domain import Advert, PeerId
+from swarmnode.domain import Advert, Generation, PeerId
 from swarmnode.errors import PeerError, SwarmError
 from swarmnode.messages import (
     Adopt,
@@ -64,6 +64,8 @@ class _Line:
     task: asyncio.Task[None] | None = None
     num_told: int = 0
     """Lines of the journal that were sent on it."""
+    asked: int = 0
+    """The last generation that was asked for on it: its other end serves nothing lower."""
 
 
 class JobRunner:
@@ -208,6 +210,8 @@ class JobRunner:
         if line is None and isinstance(message, Inquire | Assign):
             line = self._open(peer)
         if line is not None:
+            if isinstance(message, Inquire):
+                line.asked = message.generation
             line.outbox.put_nowait(message)
             self._tell_voters()
 
@@ -227,8 +231,9 @@ class JobRunner:
             line = self._lines.get(peer)
             if line is None or peer == me or line.num_told == self._journal.num_lines:
                 continue
+            fence = Generation(max(plan.generation, line.asked))
             for number, lines in self._journal.lines(line.num_told):
-                line.outbox.put_nowait(Entry(self.ledger.job, plan.generation, number, lines))
+                line.outbox.put_nowait(Entry(self.ledger.job, fence, number, lines))
             line.num_told = self._journal.num_lines
 
     def _addresses(self, peer: PeerId) -> tuple[str, ...]:

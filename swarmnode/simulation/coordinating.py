@@ -11,7 +11,7 @@ from swarmnode.coordinator import events as on
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
-from swarmnode.domain import PeerId
+from swarmnode.domain import Generation, PeerId
 from swarmnode.errors import CapacityError
 from swarmnode.messages import (
     Adopt,
@@ -44,6 +44,8 @@ class _Line:
     is_done: bool = False
     num_told: int = 0
     """Lines of the journal that were sent on it."""
+    asked: int = 0
+    """The last generation that was asked for on it: its other end serves nothing lower."""
 
     def close(self) -> None:
         """Hang up."""
@@ -176,6 +178,8 @@ class Coordinating:
             line = self._lines[peer] = _Line()
             self._daemon.start(self._talk(peer, line))
         if line is not None:
+            if isinstance(message, Inquire):
+                line.asked = message.generation
             self._put(line, message)
             self._tell_voters()
 
@@ -203,8 +207,9 @@ class Coordinating:
             line = self._lines.get(peer)
             if line is None or peer == me or line.num_told == self._journal.num_lines:
                 continue
+            fence = Generation(max(plan.generation, line.asked))
             for number, lines in self._journal.lines(line.num_told):
-                self._put(line, Entry(self.ledger.job, plan.generation, number, lines))
+                self._put(line, Entry(self.ledger.job, fence, number, lines))
             line.num_told = self._journal.num_lines
 
     def _payload(self, message: Message) -> bytes:

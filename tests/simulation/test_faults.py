@@ -3,6 +3,8 @@
 import pytest
 
 from swarmnode.simulation.outcome import run_seed
+from swarmnode.simulation.scenario import JobSection, Scenario
+from swarmnode.simulation.swarm import Swarm
 from tests.simulation.scenarios import CALM, FAULTS
 
 ONCE_FAILED = (
@@ -87,3 +89,34 @@ def test_without_faults_one_generation_does_all_the_work() -> None:
 def test_another_machine_takes_over_when_the_coordinator_stays_away() -> None:
     takeovers = [run_seed(FAULTS, seed).jobs[0].takeovers for seed in range(25)]
     assert sum(takeovers) > 0
+
+
+def test_after_a_restart_the_others_know_enough_to_take_over_still() -> None:
+    """What a coordinator told before its voters had its new plan was fenced, and never told again:
+    from its first restart on nobody could follow it."""
+    swarm = Swarm(Scenario(name="restart", jobs=(JobSection(steps=40),)), 0)
+    (job,) = swarm.manifests
+    world, machines = swarm.world, swarm.network.machines
+    first = swarm.manifests[job].submitter
+
+    def known(name: str) -> tuple[bool, int]:
+        runner = swarm.daemons[name].runners.get(job)
+        if runner is None or not machines[name].runs:
+            return False, 0
+        return runner.ledger.phase == "training", runner.ledger.step
+
+    def trains(name: str, step: int) -> None:
+        while not known(name)[0] or known(name)[1] < step:
+            assert world.now_s < 300
+            world.step()
+
+    trains(first, 3)
+    swarm.kill(machines[first], with_power=False)
+    swarm.boot(machines[first])
+    trains(first, 6)
+    swarm.kill(machines[first], with_power=False)
+    died_s = world.now_s
+    others = [name for name in machines if name != first]
+    while not any(known(name)[0] and known(name)[1] > 6 for name in others):
+        assert world.now_s < died_s + 20, "nobody has taken over"
+        world.step()
