@@ -7,9 +7,13 @@ from pydantic import Field
 from swarmnode.domain import Generation
 
 FrameKind = Literal["activation", "activation_gradient", "gradient", "reduced"]
+SentKind = Literal[FrameKind, "session", "control", "blob"]
+"""What bytes on the wire are counted as."""
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
 Fence = Annotated[Generation, Field(strict=True, ge=0, lt=1 << 62)]
 """The generation that a message belongs to."""
+Losses = Annotated[tuple[float, ...], Field(max_length=4096)]
+"""Mean losses of microbatches, in nats per token."""
 Hash = Annotated[str, Field(min_length=8, max_length=64, pattern=r"^[0-9a-f]+$")]
 Text = Annotated[str, Field(max_length=4096)]
 Seconds = Annotated[float, Field(ge=0, le=60)]

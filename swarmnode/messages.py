@@ -7,18 +7,15 @@ from pydantic import Field
 
 from swarmnode.codings import MAX_CODINGS, Coding
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
-from swarmnode.fields import Count, Fence, Hash, Seconds, Speed, Text
+from swarmnode.fields import Count, Fence, Hash, Losses, Seconds, Speed, Text
 from swarmnode.fields import FrameKind as FrameKind
+from swarmnode.fields import SentKind as SentKind
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
 BEFORE_ANY = Generation(0)
 """Below every generation."""
 MAX_LINK_REPORTS = 256
 MAX_ENTRY_BYTES = 1 << 19
-SentKind = Literal[
-    "activation", "activation_gradient", "gradient", "reduced", "session", "control", "blob"
-]
-"""What bytes on the wire are counted as."""
 
 
 # ---- tensors between workers -------------------------------------------------------------------
@@ -43,6 +40,8 @@ class Frame:
     shape: Annotated[tuple[Count, ...], Field(max_length=8)]
     evaluate: bool = False
     """Whether the step is an evaluation: forward only, nothing kept."""
+    losses: Losses = ()
+    """At the last stage: of the slot in a gradient, of all slots in turn in a reduced one."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +88,14 @@ MAX_COMMITTED = 1024
 class Inquire:
     """May I begin `generation` of this job, and what do you hold of it?
 
-    As the first message on a control stream it carries the canonical manifest as its payload,
-    signed by the submitter; the same stream then carries the Assign.
+    The first message on a control stream carries the canonical manifest as payload, signed.
     """
 
     job: JobId
     generation: Fence
     based_on: Fence
-    """The last generation that the sender knows; who knows a later one does not grant. It is
-    `generation` itself once a majority has granted it: nothing else can begin any more."""
+    """The last one that the sender knows; who knows a later one refuses. `generation` itself once
+    a majority has granted it: nothing else can begin any more."""
     num_lines: Count
     """Lines of the job's journal that the sender has; who has more does not grant, either."""
     signature: bytes
@@ -311,8 +309,10 @@ class Ready:
     microbatches: Annotated[tuple[Count, ...], Field(max_length=4096)]
     update: BlobRef
     sums_of_squares: Annotated[tuple[tuple[int, float], ...], Field(max_length=8)]
-    losses: Annotated[tuple[float, ...], Field(max_length=4096)]
-    """Mean loss of each microbatch, in nats per token; empty except at the last stage."""
+    losses: Losses
+    """Of the slot's microbatches; empty except at the last stage."""
+    step_losses: Losses = ()
+    """Of all microbatches, slot by slot: every holder of the last stage knows them."""
 
 
 @dataclass(frozen=True)

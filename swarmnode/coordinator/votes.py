@@ -51,7 +51,7 @@ class Votes:
         """What is to be journaled: the clip scale as in torch's clip_grad_norm_, and the loss.
 
         One Ready for each stage is enough: whoever holds the reduced gradient has the whole of it.
-        The loss is the mean of what is known, NaN where nobody is left who knows.
+        The loss is the mean of what is known: of all, while a holder of the last stage is left.
         Raises: DisagreementError, DivergedError.
         """
         self._check(plan, manifest.batch.num_microbatches)
@@ -67,6 +67,8 @@ class Votes:
             for ready in self._ready.values()
             for microbatch, loss in zip(ready.microbatches, ready.losses, strict=False)
         }
+        if len(by_microbatch) < manifest.batch.num_microbatches:
+            by_microbatch |= self._losses_told(plan, manifest.batch.num_microbatches)
         loss = mean_loss([by_microbatch[mb] for mb in sorted(by_microbatch)])
         if math.isfinite(norm):
             self._check_losses(plan)
@@ -79,6 +81,15 @@ class Votes:
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
         updates = tuple(self._of(stage)[0].update for stage in range(plan.num_stages))
         return CommitRecord(plan.generation, step, scale, loss, updates)
+
+    def _losses_told(self, plan: Plan, num_microbatches: int) -> dict[int, float]:
+        """What any holder of the last stage knows of all microbatches; empty if none is left."""
+        slots = range(plan.num_slots)
+        order = [mb for slot in slots for mb in range(slot, num_microbatches, plan.num_slots)]
+        for _, ready in sorted(self._ready.items()):
+            if len(ready.step_losses) == num_microbatches:
+                return dict(zip(order, ready.step_losses, strict=True))
+        return {}
 
     def recover(
         self, found: Sequence[Ready], step: int, plan: Plan, manifest: Manifest, *, is_ours: bool

@@ -1,9 +1,10 @@
 """The worker child's computing on hashes: what `Steps` needs of models, data and optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
+from swarmnode.fields import Losses
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Frame,
@@ -207,17 +208,23 @@ class ToyReduction:
         self._waiting: dict[tuple[int, int], dict[SlotId, bytes]] = {}
         self._reduced: dict[int, dict[int, bytes]] = {stage: {} for stage in grid.stages}
         self._logged: dict[int, BlobRef] = {}
+        self._by_slot: dict[SlotId, Losses] = {}
+        self._losses: Losses = ()
 
-    def share(self, slot: SlotId) -> None:
+    def share(self, slot: SlotId, losses: Losses) -> None:
         group, gradient = self._grid.groups[slot.stage], self._gradients(slot)
         for part in range(group.num_parts):
             frame = self._grid.frame("gradient", self._step, slot, group.owner(part), part=part)
+            frame = replace(frame, losses=losses)
             self._post(frame, gradient.share(part))
 
     def take(self, frame: Frame, payload: Payload) -> None:
         if frame.kind == "reduced":
             self._reduced[frame.group][frame.part] = bytes(payload)
+            self._losses = frame.losses or self._losses
             return
+        if frame.losses:
+            self._by_slot[frame.source] = frame.losses
         group = self._grid.groups[frame.group]
         shares = self._waiting.setdefault((frame.group, frame.part), {})
         shares[frame.source] = bytes(payload)
@@ -230,7 +237,9 @@ class ToyReduction:
             answer = self._grid.frame(
                 "reduced", self._step, frame.target, receiver, part=frame.part
             )
-            self._post(answer, total)
+            members = [member for member in group.members if member in self._by_slot]
+            losses = tuple(loss for member in members for loss in self._by_slot[member])
+            self._post(replace(answer, losses=losses), total)
 
     def is_complete(self, stage: int) -> bool:
         return len(self._reduced[stage]) == self._grid.groups[stage].num_parts
@@ -242,6 +251,9 @@ class ToyReduction:
                 self._grid.on_counted(stage, self._step, shard[history.HASH_BYTES :])
             self._logged[stage] = self._grid.logs[stage].write(self._step, shards)
         return self._logged[stage]
+
+    def losses(self, stage: int) -> Losses:
+        return self._losses if stage == self._grid.plan.num_stages - 1 else ()
 
     def sums_of_squares(self, stage: int) -> tuple[tuple[int, float], ...]:
         return ((stage, history.sum_of_squares(self._shards(stage)[0])),)

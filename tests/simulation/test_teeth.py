@@ -12,6 +12,7 @@ from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.votes import Votes
 from swarmnode.domain import PeerId, Plan, SlotId
 from swarmnode.engine_messages import Base
+from swarmnode.fields import Losses
 from swarmnode.messages import (
     Assign,
     Commit,
@@ -116,10 +117,10 @@ def test_a_ready_that_comes_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) 
 def test_a_microbatch_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ToyReduction.share
 
-    def share(self: ToyReduction, slot: SlotId) -> None:
+    def share(self: ToyReduction, slot: SlotId, losses: Losses) -> None:
         if self._step == 3 and slot == SlotId(1, 1):
             self._gradients(slot).counts[1] += 1
-        real(self, slot)
+        real(self, slot, losses)
 
     monkeypatch.setattr(ToyReduction, "share", share)
     assert "microbatches count [1, 2, 1, 1] times" in shown(monkeypatch)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from swarmnode.domain import BlobRef, Generation, JobId, SlotId
 from swarmnode.engine_messages import EngineMessage
+from swarmnode.fields import Losses
 from swarmnode.messages import (
     Frame,
     Message,
@@ -71,8 +72,8 @@ class StepPipeline(Protocol):
 class StepReduction(Protocol):
     """From the slots' gradients of one step to the states after it."""
 
-    def share(self, slot: SlotId) -> None:
-        """Send a finished slot's share of every shard to its owner."""
+    def share(self, slot: SlotId, losses: Losses) -> None:
+        """Send a finished slot's share of every shard, and its losses, to the owners."""
 
     def take(self, frame: Frame, payload: Payload) -> None: ...
     def is_complete(self, stage: int) -> bool:
@@ -80,6 +81,9 @@ class StepReduction(Protocol):
 
     def log(self, stage: int) -> BlobRef:
         """Put the complete update of a stage into its log; its name. Raises: DataError."""
+
+    def losses(self, stage: int) -> Losses:
+        """Of all microbatches, slot by slot; empty except at the last stage."""
 
     def sums_of_squares(self, stage: int) -> tuple[tuple[int, float], ...]: ...
     def apply(self, scale: float) -> None:

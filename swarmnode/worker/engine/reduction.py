@@ -5,6 +5,7 @@ from torch import Tensor
 from swarmnode.compression.codec import Codec, Payload
 from swarmnode.domain import BlobRef, SlotId
 from swarmnode.failpoints import hit
+from swarmnode.fields import Losses
 from swarmnode.messages import Frame, FrameKind
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
@@ -40,9 +41,11 @@ class Reduction:
         self._payloads: dict[tuple[int, int], Payload] = {}
         """The reduced shards as they came, by group and part."""
         self._squares: dict[int, float] = {}
+        self._by_slot: dict[SlotId, Losses] = {}
+        self._losses: Losses = ()
         self._logged: dict[int, BlobRef] = {}
 
-    def share(self, slot: SlotId) -> None:
+    def share(self, slot: SlotId, losses: Losses) -> None:
         """Send a finished slot's share of every shard of its groups to the shard's owner."""
         for index, gradient in self._setup.accumulators[slot].items():
             group = self._groups[index]
@@ -53,8 +56,9 @@ class Reduction:
             for part, payload in encode_shards(group, gradient.flat, encode):
                 owner, shape = group.owner(part), self._shape(index, part)
                 frame = self._setup.frame(
-                    "gradient", self._step, slot, owner, shape, group=index, part=part
-                )
+                    "gradient", self._step, slot, owner, shape,
+                    group=index, part=part, losses=losses,
+                )  # fmt: skip
                 self._post(frame, payload)
 
     def take(self, frame: Frame, payload: Payload) -> None:
@@ -68,7 +72,10 @@ class Reduction:
             reduced = self._reduced[frame.group]
             meter.decode("reduced", name, lambda: reduced.take(part, payload))
             self._payloads[frame.group, frame.part] = payload
+            self._losses = frame.losses or self._losses
             return
+        if frame.losses:
+            self._by_slot[frame.source] = frame.losses
         shares = self._sums[frame.group, part]
         total = meter.decode("gradient", name, lambda: shares.add(frame.source, payload))
         if total is None:
@@ -76,10 +83,12 @@ class Reduction:
         del self._sums[frame.group, frame.part]
         coded = self._encode(Sent("sum", frame.target, frame.group, frame.part), total)
         shape = self._shape(frame.group, frame.part)
+        members = [member for member in group.members if member in self._by_slot]
+        losses = tuple(loss for member in members for loss in self._by_slot[member])
         for receiver in group.receivers(self._setup.plan):
             answer = self._setup.frame(
                 "reduced", self._step, frame.target, receiver, shape,
-                group=frame.group, part=frame.part,
+                group=frame.group, part=frame.part, losses=losses,
             )  # fmt: skip
             self._post(answer, coded)
             hit("mid_tensor", self._step)
@@ -103,6 +112,10 @@ class Reduction:
             if len(self._logged) == len(self._setup.stage_groups):
                 self._payloads.clear()  # tied ends share a group: not before both have it
         return self._logged[stage]
+
+    def losses(self, stage: int) -> Losses:
+        """Of all microbatches of the step, slot by slot; empty except at the last stage."""
+        return self._losses if stage == self._setup.plan.num_stages - 1 else ()
 
     def sums_of_squares(self, stage: int) -> tuple[tuple[int, float], ...]:
         """(group, sum of squares) of each of the stage's groups, before any clipping."""

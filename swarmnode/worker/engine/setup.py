@@ -16,6 +16,7 @@ from swarmnode.compression.codec import Codec, codec_of, get_codec
 from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.engine_messages import Configure
 from swarmnode.errors import DataError
+from swarmnode.fields import Losses
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Frame,
@@ -106,11 +107,12 @@ class Setup:
         group: int = 0,
         part: int = 0,
         evaluate: bool = False,
+        losses: Losses = (),
     ) -> Frame:
         """A frame of this job and generation."""
         return Frame(
             self.job, self.generation, step, kind, source, target,
-            microbatch, group, part, tuple(shape), evaluate,
+            microbatch, group, part, tuple(shape), evaluate, losses,
         )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ class Steps:
         if not run.pipeline.is_finished(slot) or slot in run.reported:
             return
         if run.reduction is not None:
-            run.reduction.share(slot)
+            run.reduction.share(slot, run.pipeline.losses(slot))
             self._report_ready(run)
             return
         run.reported.add(slot)
@@ -201,6 +201,6 @@ class Steps:
                 ready = Ready(
                     grid.job, grid.generation, self._step, slot,
                     () if is_shadow else pipeline.microbatches(slot), update, squares,
-                    () if is_shadow else pipeline.losses(slot),
+                    () if is_shadow else pipeline.losses(slot), reduction.losses(stage),
                 )  # fmt: skip
                 self._send(ready, b"")
