@@ -83,6 +83,7 @@ class StandbyJournals:
         if folder.exists():
             for path in folder.iterdir():
                 self._counts.pop(path, None)
+                self._lengths.pop(path, None)
                 path.unlink()
             folder.rmdir()
 
