@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from swarmnode.domain import Advert, PeerId
 
@@ -12,13 +13,26 @@ advert from before the loss to arrive. Doubles with each strike."""
 MAX_COOL_DOWN_S = 600.0
 
 
+class _Bar(NamedTuple):
+    until_s: float
+    advert_end_s: float
+    """Of the newest advert that was known when it had cooled down: only a later one counts."""
+    incarnation: float
+    """The life that ended; a later one is not barred. Infinite if it would be, all the same."""
+
+    def allows(self, advert: Advert, now_s: float) -> bool:
+        if advert.incarnation > self.incarnation:
+            return True
+        return now_s >= self.until_s and advert.expires_at_s > self.advert_end_s
+
+
 class Pool:
-    """Who is here. A lost peer comes back only with an advert that it renewed after the loss."""
+    """Who is here. A lost peer comes back with an advert that it renewed after the loss; at once
+    if it was started again, unless it has done nothing since it was lost before."""
 
     def __init__(self) -> None:
         self._alive: dict[PeerId, Advert] = {}
-        self._barred: dict[PeerId, tuple[float, float]] = {}
-        """peer -> (when it has cooled down, end of the newest advert known by then)."""
+        self._barred: dict[PeerId, _Bar] = {}
         self._strikes: dict[PeerId, int] = {}
         self._failures: Counter[PeerId] = Counter()
         self._leaving: dict[PeerId, int] = {}
@@ -27,18 +41,21 @@ class Pool:
     def see(self, peers: Sequence[Advert], now_s: float) -> None:
         """Take over what the directory says."""
         self._alive = {advert.peer: advert for advert in peers}
-        for peer, (until_s, _) in self._barred.items():
-            if now_s < until_s and peer in self._alive:
-                self._barred[peer] = (until_s, self._alive[peer].expires_at_s)
+        for peer, bar in self._barred.items():
+            if now_s < bar.until_s and peer in self._alive:
+                self._barred[peer] = bar._replace(advert_end_s=self._alive[peer].expires_at_s)
 
     def bar(self, peer: PeerId, now_s: float) -> None:
         """The peer is lost, or failed: no work for a while, and longer each time."""
         advert = self._alive.get(peer)
-        known_until_s = advert.expires_at_s if advert else -math.inf
         strikes = self._strikes.get(peer, 0)
         self._strikes[peer] = strikes + 1
         pause_s = min(MAX_COOL_DOWN_S, COOL_DOWN_S * 2.0 ** min(strikes, 10))
-        self._barred[peer] = (now_s + pause_s, known_until_s)
+        self._barred[peer] = _Bar(
+            now_s + pause_s,
+            advert.expires_at_s if advert else -math.inf,
+            advert.incarnation if advert and not strikes else math.inf,
+        )
 
     def failed(self, peer: PeerId, now_s: float, *, child_ended: bool = False) -> None:
         """The peer is here and cannot do its part; the first time that only its child has ended,
@@ -70,13 +87,11 @@ class Pool:
 
     def usable(self, now_s: float) -> tuple[Advert, ...]:
         """Peers that may be given work, by id."""
-        never = (-math.inf, -math.inf)
         return tuple(
             advert
             for peer, advert in sorted(self._alive.items())
             if advert.incarnation != self._leaving.get(peer)
-            and now_s >= self._barred.get(peer, never)[0]
-            and advert.expires_at_s > self._barred.get(peer, never)[1]
+            and (peer not in self._barred or self._barred[peer].allows(advert, now_s))
         )
 
     def addresses(self, peers: Sequence[PeerId]) -> dict[PeerId, tuple[str, ...]]:

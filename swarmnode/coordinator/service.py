@@ -250,15 +250,16 @@ class CoordinatorService:
             self._tools.log("job gave up", job=ledger.job, reason=str(failure))
 
     def _readable(self, records: Sequence[on.Record]) -> list[on.Record]:
-        """The journal without checkpoints of which a chunk is gone or damaged."""
+        """The journal without checkpoints of which a chunk is gone or damaged.
+
+        What so far is a piece of our own worker's files, or only borrowed, is kept from here on.
+        """
         store, kept = self._tools.store, []
         for record in records:
             if isinstance(record, on.CheckpointRecord):
                 try:
-                    whole = all(store.has(ref) for ref in chunks_of(store, [record]))
+                    store.own(chunks_of(store, [record]))
                 except SwarmError:
-                    whole = False
-                if not whole:
                     continue
             kept.append(record)
         return kept

@@ -134,6 +134,8 @@ class Succession:
             for ref in record.indexes:
                 index = TensorIndex.from_json(self._store.read(ref))
                 await self._fetch(papers, list(index.chunks()))
+                # Pieces of our own worker's files go with them.
+                await asyncio.to_thread(self._store.own, (ref, *index.chunks()))
         except (SwarmError, OSError) as error:
             self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
         else:

@@ -54,6 +54,7 @@ class BlobStore:
         self.scratch = root / "partial"
         self._lock = threading.Lock()
         self._ranges: dict[str, Range] = {}
+        self._borrowed: set[str] = set()
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
             for leftover in self.scratch.iterdir():
@@ -63,8 +64,11 @@ class BlobStore:
 
     # ---- writing ----
 
-    def put(self, data: bytes | bytearray | memoryview) -> BlobRef:
+    def put(self, data: bytes | bytearray | memoryview, *, is_borrowed: bool = False) -> BlobRef:
         """Store `data`; nothing happens if it is there already. At most `MAX_BLOB_BYTES`.
+
+        What is only borrowed, to become a piece of something else, goes again with `give_back`,
+        unless somebody has put or owned the same content for good meanwhile.
 
         Raises: SwarmError if the disk is full or broken; nothing half-written is left.
         """
@@ -72,10 +76,21 @@ class BlobStore:
         if num_bytes > MAX_BLOB_BYTES:
             raise SwarmError(f"blob of {num_bytes} bytes; at most {MAX_BLOB_BYTES} are allowed")
         ref = BlobRef(hashlib.sha256(data).hexdigest(), num_bytes)
+        if not is_borrowed:
+            with self._lock:
+                self._borrowed.discard(ref.sha256)
         path = self._own_path(ref)
         if _size(path) != num_bytes or path.read_bytes() != data:
-            self._write(path, data)
+            self._write(path, data, is_borrowed)
         return ref
+
+    def give_back(self, refs: Iterable[BlobRef]) -> None:
+        """Remove those of `refs` that were only borrowed."""
+        for ref in refs:
+            with self._lock:
+                if ref.sha256 in self._borrowed:
+                    self._borrowed.remove(ref.sha256)
+                    self._own_path(ref).unlink(missing_ok=True)
 
     def add_ranges(self, ranges: Iterable[Range]) -> None:
         """Serve pieces of existing files as blobs, without a copy, for this life of the store.
@@ -92,11 +107,13 @@ class BlobStore:
                 del self._ranges[sha256]
 
     def own(self, refs: Iterable[BlobRef]) -> None:
-        """Copy every blob that is still a piece of somebody's file, so that it stays.
+        """See that every blob stays: copy a piece of somebody's file, keep what was borrowed.
 
         Raises: ChunkError if one is not here, SwarmError if the disk is full.
         """
         for ref in refs:
+            with self._lock:
+                self._borrowed.discard(ref.sha256)
             self.path(ref)
 
     def remove(self, ref: BlobRef) -> None:
@@ -104,6 +121,7 @@ class BlobStore:
         self._own_path(ref).unlink(missing_ok=True)
         with self._lock:
             self._ranges.pop(ref.sha256, None)
+            self._borrowed.discard(ref.sha256)
 
     # ---- reading ----
 
@@ -156,7 +174,7 @@ class BlobStore:
     def _own_path(self, ref: BlobRef) -> Path:
         return blob_path(self.root, ref)
 
-    def _write(self, path: Path, data: bytes | bytearray | memoryview) -> None:
+    def _write(self, path: Path, data: bytes | bytearray | memoryview, is_borrowed: bool) -> None:
         """Write `path` through a temporary file and a rename."""
         partial: str | None = None
         try:
@@ -167,7 +185,12 @@ class BlobStore:
                 if self._durable:
                     file.flush()
                     os.fsync(file.fileno())
-            os.replace(partial, path)
+            with self._lock:
+                if not is_borrowed:
+                    self._borrowed.discard(path.name)
+                elif not path.exists():
+                    self._borrowed.add(path.name)
+                os.replace(partial, path)
             partial = None
             if self._durable:
                 _sync_directory(path.parent)

@@ -189,8 +189,11 @@ class BlobClient:
         refs: Iterable[BlobRef],
         providers: Sequence[Provider],
         progress: Callable[[int, int], None] | None = None,
+        *,
+        is_borrowed: bool = False,
     ) -> None:
-        """Bring every blob of `refs` into the store, up to `max_in_flight` at a time.
+        """Bring every blob of `refs` into the store, up to `max_in_flight` at a time; what comes
+        is the store's for good, or only borrowed.
 
         What is already there and sound is kept, so a fetch that failed goes on where it was.
         A provider that breaks, refuses or sends a bad chunk is not asked again in this call;
@@ -222,6 +225,7 @@ class BlobClient:
             absent,
             providers,
             report,
+            is_borrowed,
         )
         failure: BaseException | None = None
         try:
@@ -254,6 +258,7 @@ class _Fetch:
         absent: Sequence[BlobRef],
         providers: Sequence[Provider],
         report: Callable[[int], None],
+        is_borrowed: bool,
     ) -> None:
         self._transport = transport
         self._store = store
@@ -268,6 +273,7 @@ class _Fetch:
         self._arrived: Counter[PeerId] = Counter()
         """Bytes of each provider so far, over all streams: they share one link."""
         self._report = report
+        self._is_borrowed = is_borrowed
         self._done_bytes = 0
 
     async def work(self, number: int) -> None:
@@ -320,7 +326,7 @@ class _Fetch:
         """Store what `peer` sent, if it is what was asked for. Raises: ChunkError if not."""
         if await asyncio.to_thread(_hash, data) != ref.sha256:
             raise ChunkError(f"peer {peer} sent a bad blob {ref.sha256:.12}")
-        await asyncio.to_thread(self._store.put, data)
+        await asyncio.to_thread(self._store.put, data, is_borrowed=self._is_borrowed)
         self._on_count("received_bytes", peer, len(data))
         self._done_bytes += len(data)
         self._report(self._done_bytes)

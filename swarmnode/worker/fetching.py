@@ -23,8 +23,8 @@ RETRY_S = (0.25, 0.5, 1.0, 2.0)
 class Fetcher:
     """Fetches for one job under one plan.
 
-    Pieces of what becomes a file of its own are forgotten, unless they were here before: then
-    they are somebody else's, such as a checkpoint's.
+    Pieces of what becomes a file of its own are only borrowed: they go again, unless they are
+    somebody else's too, such as a checkpoint's that is stored here meanwhile.
     """
 
     def __init__(
@@ -51,17 +51,15 @@ class Fetcher:
         self, index_ref: BlobRef, providers: Sequence[PeerId], stage: int, path: Path
     ) -> None:
         """Write the tensors that `stage` needs of a state to the file `path`."""
-        borrowed = self._absent([index_ref])
-        await self._fetch([index_ref], providers)
+        await self._fetch([index_ref], providers, is_borrowed=True)
         index = TensorIndex.from_json(self._store.read(index_ref))
         start, stop = self._plan.layers[stage]
         is_edge = stage in (0, self._plan.num_stages - 1)
         index = index.pick(lambda name: is_wanted(name, start, stop, is_edge))
-        borrowed += self._absent(index.chunks())
-        await self._fetch(index.chunks(), providers, _hit_half_way)
+        await self._fetch(index.chunks(), providers, _hit_half_way, is_borrowed=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(write_safetensors, path, index.tensors, self._store.read)
-        self._forget(borrowed)
+        self._store.give_back([index_ref, *index.chunks()])
 
     async def updates(
         self, updates: Sequence[Update], providers: Sequence[PeerId], log: UpdateLog
@@ -70,8 +68,8 @@ class Fetcher:
 
         Raises: ProtocolError if an index is not one of its step.
         """
-        borrowed = self._absent([update.ref for update in updates])
-        await self._fetch([update.ref for update in updates], providers)
+        refs = [update.ref for update in updates]
+        await self._fetch(refs, providers, is_borrowed=True)
         indexes: list[UpdateIndex] = []
         for update in updates:
             index = UpdateIndex.from_json(await asyncio.to_thread(self._store.read, update.ref))
@@ -79,11 +77,10 @@ class Fetcher:
                 raise ProtocolError(f"the update of step {update.step} says step {index.step}")
             indexes.append(index)
         chunks = [chunk for index in indexes for chunk in index.chunks]
-        borrowed += self._absent(chunks)
-        await self._fetch(chunks, providers, _hit_half_way)
+        await self._fetch(chunks, providers, _hit_half_way, is_borrowed=True)
         for index in indexes:
             await asyncio.to_thread(self._log, index, log)
-        self._forget(borrowed)
+        self._store.give_back([*refs, *chunks])
 
     def _log(self, index: UpdateIndex, log: UpdateLog) -> None:
         ref = log.write(index.step, [self._store.read(chunk) for chunk in index.chunks])
@@ -94,6 +91,8 @@ class Fetcher:
         refs: Sequence[BlobRef],
         providers: Sequence[PeerId],
         progress: Callable[[int, int], None] | None = None,
+        *,
+        is_borrowed: bool = False,
     ) -> None:
         """From `providers`, and if they fail from anybody in the plan."""
         first = list(dict.fromkeys(peer for peer in providers if peer != self._me))
@@ -105,7 +104,9 @@ class Fetcher:
             failure: SwarmError | None = None
             for peers in rounds:
                 try:
-                    await self._blobs.fetch_all(self._job, refs, self._known(peers), progress)
+                    await self._blobs.fetch_all(
+                        self._job, refs, self._known(peers), progress, is_borrowed=is_borrowed
+                    )
                     return
                 except SwarmError as error:
                     failure = error
@@ -117,14 +118,6 @@ class Fetcher:
 
     def _known(self, peers: Iterable[PeerId]) -> list[tuple[PeerId, Sequence[str]]]:
         return [(peer, self._plan.addresses.get(peer, ())) for peer in peers]
-
-    def _absent(self, refs: Iterable[BlobRef]) -> list[BlobRef]:
-        return [ref for ref in refs if not self._store.has(ref)]
-
-    def _forget(self, refs: Iterable[BlobRef]) -> None:
-        """Give up what was only fetched to be put elsewhere."""
-        for ref in refs:
-            self._store.remove(ref)
 
 
 def _hit_half_way(done_bytes: int, total_bytes: int) -> None:

@@ -1,6 +1,8 @@
 """Who may be given work: losses bar a peer for a while, only failures make a job hopeless."""
 
-from swarmnode.coordinator.pool import Pool
+from dataclasses import replace
+
+from swarmnode.coordinator.pool import COOL_DOWN_S, Pool
 from swarmnode.domain import PeerId
 from tests.coordinator.bench import advert
 
@@ -32,3 +34,27 @@ def test_a_peer_whose_child_ended_may_try_again_at_once_but_not_twice() -> None:
     pool.forgive([A])
     pool.failed(A, 3.0)
     assert pool.usable(3.0) == (), "what it cannot do now, it cannot do a moment later"
+
+
+def test_a_lost_peer_that_was_started_again_is_not_barred_but_the_second_time_in_a_row() -> None:
+    pool = Pool()
+    first = advert("a")
+    second, third = (replace(first, incarnation=first.incarnation + n) for n in (1, 2))
+    pool.see([first], 0.0)
+    pool.bar(A, 1.0)
+    pool.see([first], 1.0)
+    assert pool.usable(1.0) == ()
+    pool.see([second], 2.0)
+    assert pool.usable(2.0) == (second,)
+    pool.bar(A, 3.0)
+    pool.see([third], 4.0)
+    assert pool.usable(4.0) == (), "it was lost again before it did anything"
+    late_s = 3.0 + 2 * COOL_DOWN_S
+    renewed = replace(third, expires_at_s=third.expires_at_s + 1.0)
+    pool.see([renewed], late_s)
+    assert pool.usable(late_s) == (renewed,)
+    pool.forgive([A])
+    pool.bar(A, late_s)
+    again = replace(third, incarnation=third.incarnation + 1)
+    pool.see([again], late_s)
+    assert pool.usable(late_s) == (again,)

@@ -9,7 +9,7 @@ from swarmnode.coordinator.retention import forget_replaced
 from swarmnode.coordinator.standby import StandbyJournals
 from swarmnode.coordinator.succession import Succession
 from swarmnode.domain import BlobRef, Generation, PeerId, Plan
-from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blob_store import BlobStore, Range
 from swarmnode.p2p.blobs import BlobClient, serve_blobs
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.states import IndexedTensor, TensorIndex
@@ -40,8 +40,12 @@ async def keeps_two(network: MemoryNetwork, tmp_path: Path) -> None:
     papers = Papers(job, b"", b"", plan, b"")
     journal, journals = Journal(tmp_path / "journal"), StandbyJournals(tmp_path / "standby")
     blobs, troubles, kept = BlobClient(network.transport(ME), store), [], []
+    own = tmp_path / "export"
+    own.write_bytes(b"the same")
     for step in range(4):
         record, refs = put_checkpoint(source, step)
+        store.add_ranges([Range(source.put(b"the same"), own, 0)])
+        store.put(b"%d" % step, is_borrowed=True)
         journal.append(record)
         kept.append(refs)
         ((_, line),) = journal.lines(step)
@@ -53,6 +57,9 @@ async def keeps_two(network: MemoryNetwork, tmp_path: Path) -> None:
             )  # fmt: skip
             succession.entry(job.job, step, line)
         assert all(map(store.has, refs))
+        store.drop_ranges(own)
+        store.give_back(refs)
+        assert all(map(store.has, refs)), "not only as long as somebody else needs them"
     journal.close()
     assert troubles == []
     assert all(map(store.has, kept[2] | kept[3]))

@@ -68,6 +68,22 @@ def test_putting_again_repairs_a_corrupt_blob(store: BlobStore) -> None:
     assert store.read(ref) == b"data"
 
 
+def test_what_is_borrowed_goes_again_unless_somebody_needs_it(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    before = store.put(b"before")
+    names = (b"before", b"plain", b"put", b"owned", b"removed")
+    refs = [store.put(name, is_borrowed=True) for name in names]
+    assert store.put(b"put") == refs[2]
+    store.own([refs[3]])
+    store.remove(refs[4])
+    assert store.put(b"removed") == refs[4]
+    store.give_back(refs)
+    assert [store.has(ref) for ref in refs] == [True, False, True, True, True]
+    assert store.read(before) == b"before"
+    store.give_back(refs)
+    assert store.has(refs[2])
+
+
 def test_a_blob_over_the_limit_is_refused(store: BlobStore) -> None:
     store.put(bytes(MAX_BLOB_BYTES))
     with pytest.raises(SwarmError, match="at most"):

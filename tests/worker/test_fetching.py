@@ -18,6 +18,7 @@ from swarmnode.messages import (
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient, serve_blobs
 from swarmnode.p2p.memory import MemoryNetwork
+from swarmnode.p2p.states import TensorIndex
 from swarmnode.tensorfiles import read_header
 from swarmnode.updates import index_update
 from swarmnode.worker import fetching
@@ -127,6 +128,30 @@ async def test_a_published_state_is_fetched_without_what_other_stages_need(tmp_p
         keeper = w.make_keeper(ME)
         keeper.load()
         assert keeper.holding(1).snapshots == (6,)
+
+
+async def test_a_checkpoint_that_is_stored_while_the_same_is_fetched_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as w:
+        source = state_path(w.keeper.directory, 0, 6, "snapshot")
+        source.parent.mkdir(parents=True)
+        save_tensors(source, {"model.layers.2.w": torch.ones(5)})
+        ref = w.keeper.publish(source, 6)
+        chunks = TensorIndex.from_json(w.stores[HOLDER].read(ref)).chunks()
+        stored: list[BlobRef] = []
+
+        def is_ours_too(_done: int, total: int) -> None:
+            if total and all(map(w.store.has, chunks)) and not stored:
+                w.store.own((ref, *chunks))
+                stored.extend((ref, *chunks))
+
+        monkeypatch.setattr(fetching, "_hit_half_way", is_ours_too)
+        for step in (6, 7):
+            path = state_path(tmp_path / "me" / "job", 1, step, "fetched")
+            await w.fetcher.state(ref, [HOLDER], 1, path)
+            assert stored
+            assert all(map(w.store.has, stored))
 
 
 # ---- what is kept ------------------------------------------------------------------------------
