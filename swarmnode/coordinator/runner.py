@@ -200,7 +200,7 @@ class JobRunner:
     def _send(self, peer: PeerId, message: Message) -> None:
         if isinstance(message, Inquire):
             num_lines = self._journal.num_lines
-            message = replace(message, num_lines=num_lines, lease=self._tenure.shown())
+            message = replace(message, num_lines=num_lines, lease=self._tenure.shown(message))
         elif isinstance(message, Assign):
             self._tools.switch.join(self.ledger.job, message.plan)
             message = replace(message, lease=self._tenure.begun(message.plan))

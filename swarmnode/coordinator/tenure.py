@@ -4,9 +4,7 @@ from pathlib import Path
 
 from swarmnode.domain import Generation, JobId, PeerId, Plan
 from swarmnode.home import write_durably
-from swarmnode.messages import (
-    Answer,
-)
+from swarmnode.messages import Answer, Inquire
 from swarmnode.p2p.identity import verify
 from swarmnode.p2p.lease import Lease, Sign, vote_text
 
@@ -29,18 +27,22 @@ class Tenure:
         if answer.granted and answer.vote and verify(peer, text, answer.vote):
             self._votes.setdefault(answer.generation, {})[peer] = answer.vote
 
-    def shown(self) -> bytes:
-        """What goes with a question."""
-        return self._lease.encode()
+    def shown(self, inquire: Inquire) -> bytes:
+        """What goes with a question: the votes for it too, once they are enough. Somebody who was
+        away when our voters were appointed knows us by nothing else."""
+        return (self._won(inquire.generation) if inquire.is_agreed else self._lease).encode()
 
     def begun(self, plan: Plan) -> bytes:
         """What goes with the assignments of `plan`, which a majority has agreed to; on disk."""
-        if self._holder != self._me:
-            votes = self._votes.get(plan.generation, {})
-            self._lease = self._lease.won(plan.generation, self._me, votes)
-            self._holder = self._me
+        self._lease, self._holder = self._won(plan.generation), self._me
         if self._lease.appointment is None or self._lease.appointment.generation < plan.generation:
             self._lease = self._lease.appoint(self._job, plan.generation, plan.voters, self._sign)
             write_durably(self._path, self._lease.encode())
         self._votes.clear()
         return self._lease.encode()
+
+    def _won(self, generation: Generation) -> Lease:
+        """The lease with our election, if we had to be elected."""
+        if self._holder == self._me or self._lease.appointment is None:
+            return self._lease
+        return self._lease.won(generation, self._me, self._votes.get(generation, {}))

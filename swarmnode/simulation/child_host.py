@@ -223,6 +223,7 @@ class SimChildHost:
                 except DataError as error:
                     self._post(Failed(self._manifest.job, message.generation, str(error)[:300]))
                 else:
+                    self._daemon.swarm.invariants.said(self._daemon.name, message)
                     self._post(message)
             case Failed():
                 if self._is_configuring:  # what it holds now, nobody knows

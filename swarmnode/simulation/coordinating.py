@@ -162,7 +162,9 @@ class Coordinating:
 
     def _send(self, peer: PeerId, message: Message) -> None:
         if isinstance(message, Inquire):
-            message = replace(message, num_lines=self._journal.num_lines, lease=self._lease())
+            message = replace(
+                message, num_lines=self._journal.num_lines, lease=self._lease(message)
+            )
         elif isinstance(message, Adopt):
             message = replace(message, lease=self._daemon.name.encode())
         elif isinstance(message, Assign):
@@ -187,9 +189,9 @@ class Coordinating:
     def _lease_path(self) -> str:
         return f"coordinating/{self.ledger.job}/lease"
 
-    def _lease(self) -> bytes:
-        """Its name, where it was elected once; nothing before."""
-        is_elected = self._lease_path in self._daemon.machine.disk
+    def _lease(self, inquire: Inquire) -> bytes:
+        """Its name, where it was elected once, or is now; nothing before."""
+        is_elected = inquire.is_agreed or self._lease_path in self._daemon.machine.disk
         return self._daemon.name.encode() if is_elected else b""
 
     def _put(self, line: _Line, message: Message) -> None:

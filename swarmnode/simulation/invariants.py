@@ -13,6 +13,7 @@ from swarmnode.errors import SwarmError
 from swarmnode.messages import (
     Answer,
     Commit,
+    Ready,
 )
 from swarmnode.simulation.history import History
 
@@ -33,6 +34,9 @@ class _Job:
     """Where the job stands: less, after a stage was lost."""
     committed_by: Plan | None = None
     """The plan whose holders agreed on the newest step."""
+    said: dict[tuple[int, str], int] = field(default_factory=dict)
+    """By stage and machine: the newest step of which it has said that its update is on its disk;
+    a plan that begins at an earlier one takes it off again."""
     begun: dict[Generation, tuple[str, Plan]] = field(default_factory=dict)
     promised: dict[str, Generation] = field(default_factory=dict)
     """By machine: the highest generation that it was heard to promise."""
@@ -107,6 +111,10 @@ class Invariants:
         elif step != wrote:
             raise Violation(f"{who} takes up its journal at step {step}, it wrote {wrote} steps")
 
+    def said(self, who: str, ready: Ready) -> None:
+        """A worker tells its coordinator that an update is in its log."""
+        self._jobs[ready.job].said[ready.source.stage, who] = ready.step
+
     def counted(self, who: str, stage: int, step: int, counts: bytes) -> None:
         """A machine holds the whole update of a stage, with each microbatch so often in it."""
         self.num_checks += 1
@@ -127,10 +135,15 @@ class Invariants:
                 f"{who} begins generation {plan.generation}, which {first[0]} has begun already"
             )
         head, known.head = known.head, step
+        said = known.said
+        known.said = {key: min(newest, step - 1) for key, newest in said.items()}
         if step < head and known.committed_by is not None:
             last = known.committed_by
-            stages = range(last.num_stages)
-            if all(any(p in findable for p in last.holders(stage)) for stage in stages):
+            found = [
+                {p for p in last.holders(stage) if said.get((stage, p), -1) >= head - 1}
+                for stage in range(last.num_stages)
+            ]
+            if all(holders.intersection(findable) for holders in found):
                 raise Violation(
                     f"{who} goes back to step {step} of {head} although all stages "
                     f"have holders that it can reach, among {findable}"
