@@ -192,8 +192,7 @@ class BlobClient:
         *,
         is_borrowed: bool = False,
     ) -> None:
-        """Bring every blob of `refs` into the store, up to `max_in_flight` at a time; what comes
-        is the store's for good, or only borrowed.
+        """Bring every blob of `refs` into the store, for good or borrowed, several at a time.
 
         What is already there and sound is kept, so a fetch that failed goes on where it was.
         A provider that breaks, refuses or sends a bad chunk is not asked again in this call;
