@@ -14,11 +14,13 @@ MAX_COOL_DOWN_S = 600.0
 
 
 class _Bar(NamedTuple):
+    """Why a lost peer gets no work, and until when."""
+
     until_s: float
     advert_end_s: float
     """Of the newest advert that was known when it had cooled down: only a later one counts."""
     incarnation: float
-    """The life that ended; a later one is not barred. Infinite if it would be, all the same."""
+    """The daemon's life that ended: a later one is not barred. Infinite: every one is."""
 
     def allows(self, advert: Advert, now_s: float) -> bool:
         if advert.incarnation > self.incarnation:

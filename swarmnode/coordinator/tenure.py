@@ -43,6 +43,6 @@ class Tenure:
 
     def _won(self, generation: Generation) -> Lease:
         """The lease with our election, if we had to be elected."""
-        if self._holder == self._me or self._lease.appointment is None:
+        if self._holder == self._me:
             return self._lease
         return self._lease.won(generation, self._me, self._votes.get(generation, {}))

@@ -1,14 +1,16 @@
 """The simulated world itself: time, processes, disks, streams."""
 
+from contextlib import nullcontext
 from random import Random
 
 import pytest
 
-from swarmnode.domain import Generation, JobId, PeerId, Plan
-from swarmnode.messages import Message, Ping
+from swarmnode.coordinator.events import CommitRecord
+from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
+from swarmnode.messages import Message, Ping, Ready
 from swarmnode.simulation.disk import Disk
 from swarmnode.simulation.history import History
-from swarmnode.simulation.invariants import Invariants
+from swarmnode.simulation.invariants import Invariants, Violation
 from swarmnode.simulation.network import End, Machine, Network, Protocol
 from swarmnode.simulation.world import Process, World
 
@@ -193,3 +195,30 @@ def test_without_whom_the_other_voters_are_no_majority(
     assert invariants.has_majority_without("a"), "nothing has begun"
     invariants.begun(job, "a", plan, 0, findable=[])
     assert [peer for peer in "abcde" if not invariants.has_majority_without(peer)] == list(needed)
+
+
+@pytest.mark.parametrize(
+    ("said", "findable", "is_found"),
+    [("ab", "ab", True), ("ab", "a", False), ("a", "ab", False), ("", "ab", False)],
+)
+def test_steps_are_given_up_only_where_nobody_who_held_them_can_be_reached(
+    said: str, findable: str, is_found: bool
+) -> None:
+    job = JobId("job")
+    plans = [
+        Plan(Generation(n), ((0, 1), (1, 2)), ((PeerId("a"),), (PeerId("b"),)), PeerId("a"))
+        for n in (1, 2)
+    ]
+    invariants, history = Invariants(), History(2, 1, 1, 1, 1.0)
+    invariants.add(job, history)
+    invariants.begun(job, "a", plans[0], 0, findable=[])
+    for peer in said:
+        slot = SlotId("ab".index(peer), 0)
+        invariants.said(
+            peer, Ready(job, Generation(1), 0, slot, (0,), BlobRef("0" * 64, 1), (), ())
+        )
+    right = history.step(0)
+    record = CommitRecord(Generation(1), 0, right.scale, 1.0, right.updates)
+    invariants.journaled(job, "a", record)
+    with pytest.raises(Violation, match="goes back to step 0 of 1") if is_found else nullcontext():
+        invariants.begun(job, "a", plans[1], 0, findable=list(findable))

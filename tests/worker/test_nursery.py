@@ -31,10 +31,14 @@ async def running(folder: Path) -> AsyncIterator[Nursery]:
         await asyncio.wait([task])
 
 
-def ours() -> list[psutil.Process]:
-    """A swarm that other tests share may be there too."""
-    found = psutil.Process().children()
-    return [p for p in found if any("engine.nursery" in part for part in p.cmdline())]
+Ours = Callable[[], list[psutil.Process]]
+
+
+@pytest.fixture
+def ours() -> Ours:
+    """Our children; a swarm that other tests share was there before."""
+    before = {process.pid for process in psutil.Process().children()}
+    return lambda: [p for p in psutil.Process().children() if p.pid not in before]
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -50,6 +54,7 @@ async def is_warm(child: Child) -> bool:
 
 async def test_children_are_forks_that_compute_and_end_with_their_own_status(
     tmp_path: Path,
+    ours: Ours,
 ) -> None:
     async with running(tmp_path) as nursery:
         assert ours() == [], "no job, no process"
@@ -68,7 +73,9 @@ async def test_children_are_forks_that_compute_and_end_with_their_own_status(
     assert ours() == [], "none outlives the service"
 
 
-async def test_a_child_that_died_while_it_waited_is_not_given_away(tmp_path: Path) -> None:
+async def test_a_child_that_died_while_it_waited_is_not_given_away(
+    tmp_path: Path, ours: Ours
+) -> None:
     async with running(tmp_path) as nursery:
         with nursery.wanted():
             used = await nursery.child("used")
@@ -97,6 +104,7 @@ async def test_one_may_end_while_another_is_born(tmp_path: Path) -> None:
 
 async def test_if_the_nursery_dies_its_children_do_and_the_next_come_from_another(
     tmp_path: Path,
+    ours: Ours,
 ) -> None:
     async with running(tmp_path) as nursery:
         with nursery.wanted():
@@ -111,7 +119,7 @@ async def test_if_the_nursery_dies_its_children_do_and_the_next_come_from_anothe
 
 
 async def test_some_time_after_the_last_job_the_nursery_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ours: Ours, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(tmp_path) as nursery:
         with nursery.wanted():
