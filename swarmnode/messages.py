@@ -239,8 +239,7 @@ class Answer:
     promised_to: PeerId
     held: Annotated[tuple[Held, ...], Field(max_length=256)]
     ready: "Annotated[tuple[Ready, ...], Field(max_length=256)]"
-    """What it said last, of a step whose updates are in its log; whoever asks may know more of
-    that step, or less."""
+    """What it said last, of a step whose updates are in its log, committed or not."""
     vote: Annotated[bytes, Field(max_length=64)] = b""
     """The worker's signature, where another than the coordinator so far asks."""
     is_warm: bool = True
@@ -274,11 +273,12 @@ class Adopted:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The answer to Prepare: everything is on this worker's disk."""
+    """The answer to Prepare: everything is on this worker's disk, or why it is not."""
 
     job: JobId
     generation: Fence
     step: Count
+    failure: Text = ""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Generations(JobState):
         if self.is_trained:
             return []
         shadows = self._shadows_of(decision, plan, now_s)
-        self._preparing = Preparing(self.job, decision, shadows, plan, now_s)
+        self._preparing = Preparing(self.job, decision, shadows, plan, self.pool.leaves, now_s)
         return self._preparing.begin(self._signature)
 
     def _shadows_of(

@@ -63,9 +63,9 @@ class Ledger(Generations):
                     return []
                 self._adopted.add(peer)
                 return self._begin_if_agreed(now_s)
-            case on.Heard(peer, Prepared()):
+            case on.Heard(peer, Prepared() as prepared):
                 if self._preparing is not None:
-                    self._preparing.prepared(peer)
+                    self._preparing.heard(peer, prepared)
                 return []
             case on.Heard(peer, Failed(reason=reason) as failed) if (
                 self._forming is not None and failed.generation == self._proposed

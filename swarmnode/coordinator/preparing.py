@@ -1,11 +1,11 @@
 """A better placement in the making: newcomers to a stage fetch it while the others work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from swarmnode.coordinator.events import Effect, Send
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
-from swarmnode.messages import Inquire, Prepare, Save, Saved, StateSource
+from swarmnode.messages import Inquire, Prepare, Prepared, Save, Saved, StateSource
 
 PATIENCE_S = 120.0
 """Who has not fetched its states by then does without: the move happens all the same, or not."""
@@ -20,8 +20,10 @@ class Preparing:
         decision: Decision,
         shadows: Sequence[Sequence[PeerId]],
         plan: Plan,
+        leaves: Callable[[PeerId], bool],
         now_s: float,
     ) -> None:
+        """`leaves`: whether a peer has said that it will go; it is asked for a state last."""
         self.decision = decision
         self.newcomers: dict[PeerId, list[int]] = {}
         """Peers that will hold stages of which they hold nothing today."""
@@ -30,9 +32,13 @@ class Preparing:
                 self.newcomers.setdefault(peer, []).append(stage)
         self._job = job
         self._plan = plan
+        self._leaves = leaves
         self._since_s = now_s
         self._step: int | None = None
-        self._indexes: dict[int, tuple[BlobRef, PeerId]] = {}
+        self._num_failures = 0
+        self._givers: dict[int, PeerId] = {}
+        """Who was asked for each stage's state after `_step` steps, and what it published."""
+        self._indexes: dict[int, BlobRef] = {}
         self._waiting = set(self.newcomers)
 
     @property
@@ -56,43 +62,52 @@ class Preparing:
         if self._step is not None:
             return []
         self._step = step
-        generation = self._plan.generation
         readers: dict[int, list[PeerId]] = {}
-        for peer, stages in sorted(self.newcomers.items()):
-            for stage in stages:
+        for peer in sorted(self._waiting):
+            for stage in self.newcomers[peer]:
                 readers.setdefault(stage, []).append(peer)
+        self._givers = {stage: self._giver(stage) for stage in sorted(readers)}
+        generation = self._plan.generation
         return [
-            Send(
-                self._plan.slots[stage][0],
-                Save(self._job, generation, step, stage, tuple(peers)),
-            )
-            for stage, peers in sorted(readers.items())
+            Send(giver, Save(self._job, generation, step, stage, tuple(readers[stage])))
+            for stage, giver in self._givers.items()
         ]
+
+    def _giver(self, stage: int) -> PeerId:
+        """A holder that stays, after each failure another one; one that leaves if all do."""
+        holders = tuple(dict.fromkeys(self._plan.holders(stage)))
+        staying = tuple(peer for peer in holders if not self._leaves(peer)) or holders
+        return staying[self._num_failures % len(staying)]
 
     def saved(self, peer: PeerId, saved: Saved) -> list[Effect]:
         """A holder has published a state: once all have, the newcomers may fetch."""
-        if saved.step != self._step or self._plan.slots[saved.stage][0] != peer:
+        stage = saved.stage
+        if saved.step != self._step or self._givers.get(stage) != peer or stage in self._indexes:
             return []
-        stages = {stage for found in self.newcomers.values() for stage in found}
-        if saved.stage not in stages or saved.stage in self._indexes:
-            return []
-        self._indexes[saved.stage] = (saved.index, peer)
-        return self._prepare() if self._indexes.keys() == stages else []
+        self._indexes[stage] = saved.index
+        return self._prepare() if self._indexes.keys() == self._givers.keys() else []
 
     def _prepare(self) -> list[Effect]:
         assert self._step is not None
         decision, plan, step = self.decision, self._plan, self._step
         target = decision.plan(plan.generation, plan.coordinator, plan.addresses, (), plan.voters)
         effects: list[Effect] = []
-        for peer, stages in sorted(self.newcomers.items()):
+        for peer in sorted(self._waiting):
             sources = tuple(
-                (stage, StateSource("fetch", step, index, (holder,)))
-                for stage, (index, holder) in sorted(self._indexes.items())
-                if stage in stages
+                (stage, StateSource("fetch", step, self._indexes[stage], (self._givers[stage],)))
+                for stage in self.newcomers[peer]
             )
             effects.append(Send(peer, Prepare(self._job, target, step, sources)))
         return effects
 
-    def prepared(self, peer: PeerId) -> None:
-        """A newcomer has its states on its own disk."""
-        self._waiting.discard(peer)
+    def heard(self, peer: PeerId, prepared: Prepared) -> None:
+        """A newcomer has its states on its own disk, or could not get them: then all who still
+        wait get newer ones of other holders."""
+        if prepared.step != self._step or peer not in self._waiting:
+            return  # an answer to an earlier question
+        if not prepared.failure:
+            self._waiting.discard(peer)
+            return
+        self._num_failures += 1
+        self._step = None
+        self._indexes.clear()

@@ -53,7 +53,10 @@ class BlobStore:
         self._durable = durable
         self.scratch = root / "partial"
         self._lock = threading.Lock()
-        self._ranges: dict[str, Range] = {}
+        self._ranges: dict[str, list[Range]] = {}
+        """The same content may lie in several files: it is here as long as one of them is."""
+        self._files: dict[Path, set[str]] = {}
+        """Of each file the contents that were added of it."""
         self._borrowed: set[str] = set()
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
@@ -98,13 +101,18 @@ class BlobStore:
         A file must stay as it is: `read` checks the hash, and a changed piece is gone.
         """
         with self._lock:
-            self._ranges.update({piece.ref.sha256: piece for piece in ranges})
+            for piece in ranges:
+                known = self._ranges.setdefault(piece.ref.sha256, [])
+                if piece not in known:
+                    known.append(piece)
+                self._files.setdefault(piece.path, set()).add(piece.ref.sha256)
 
     def drop_ranges(self, path: Path) -> None:
         """Forget every piece of the file `path`; the file itself is left alone."""
         with self._lock:
-            for sha256 in [key for key, piece in self._ranges.items() if piece.path == path]:
-                del self._ranges[sha256]
+            for sha256 in self._files.pop(path, ()):
+                pieces = [piece for piece in self._ranges.get(sha256, ()) if piece.path == path]
+                self._forget(sha256, pieces)
 
     def own(self, refs: Iterable[BlobRef]) -> None:
         """See that every blob stays: copy a piece of somebody's file, keep what was borrowed.
@@ -117,10 +125,9 @@ class BlobStore:
             self.path(ref)
 
     def remove(self, ref: BlobRef) -> None:
-        """Forget the blob: delete its file, or drop the reference (never the source file)."""
+        """Delete the store's own copy of the blob; pieces of others' files are theirs to drop."""
         self._own_path(ref).unlink(missing_ok=True)
         with self._lock:
-            self._ranges.pop(ref.sha256, None)
             self._borrowed.discard(ref.sha256)
 
     # ---- reading ----
@@ -129,9 +136,7 @@ class BlobStore:
         """Whether the blob is here, by name and size; `read` also checks the content."""
         if _size(self._own_path(ref)) == ref.num_bytes:
             return True
-        with self._lock:
-            piece = self._ranges.get(ref.sha256)
-        return piece is not None and piece.ref == ref and piece.path.is_file()
+        return any(piece.path.is_file() for piece in self._pieces(ref))
 
     def path(self, ref: BlobRef) -> Path:
         """The file that holds exactly this blob; a referenced range is copied to one first.
@@ -144,32 +149,45 @@ class BlobStore:
         return path
 
     def read(self, ref: BlobRef) -> bytes:
-        """The content, checked against its hash.
+        """The content, checked against its hash, from the first place that still has it.
 
         Raises: ChunkError if it is not here, or is corrupt; then it is removed, so that it
         will be fetched again.
         """
-        with self._lock:
-            piece = self._ranges.get(ref.sha256)
-        path = self._own_path(ref)
-        if piece is None or path.exists():
-            piece = Range(ref, path, 0)
-        try:
-            with piece.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                whole = piece.path != path or size == ref.num_bytes
-                file.seek(piece.offset)
-                data = file.read(ref.num_bytes) if whole else b""
-        except FileNotFoundError:
-            raise ChunkError(f"blob {ref.sha256:.12} is not here") from None
-        except OSError as error:
-            raise ChunkError(f"blob {ref.sha256:.12} cannot be read: {error.strerror}") from error
-        if len(data) != ref.num_bytes or hashlib.sha256(data).hexdigest() != ref.sha256:
-            self.remove(ref)
-            raise ChunkError(f"blob {ref.sha256:.12} was corrupt on disk and is removed")
-        return data
+        own = self._own_path(ref)
+        failure = f"blob {ref.sha256:.12} is not here"
+        for piece in (Range(ref, own, 0), *self._pieces(ref)):
+            try:
+                data = _read_piece(piece, is_whole=piece.path == own)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                failure = f"blob {ref.sha256:.12} cannot be read: {error.strerror}"
+                continue
+            if hashlib.sha256(data).hexdigest() == ref.sha256:
+                return data
+            failure = f"blob {ref.sha256:.12} was corrupt on disk and is removed"
+            if piece.path == own:
+                self.remove(ref)
+            else:
+                with self._lock:
+                    self._forget(ref.sha256, [piece])
+        raise ChunkError(failure)
 
     # ---- inside ----
+
+    def _pieces(self, ref: BlobRef) -> list[Range]:
+        """The pieces of others' files that are this blob."""
+        with self._lock:
+            return [piece for piece in self._ranges.get(ref.sha256, ()) if piece.ref == ref]
+
+    def _forget(self, sha256: str, pieces: list[Range]) -> None:
+        """Drop these pieces; with the lock held."""
+        left = [piece for piece in self._ranges.get(sha256, ()) if piece not in pieces]
+        if left:
+            self._ranges[sha256] = left
+        else:
+            self._ranges.pop(sha256, None)
 
     def _own_path(self, ref: BlobRef) -> Path:
         return blob_path(self.root, ref)
@@ -202,6 +220,18 @@ class BlobStore:
         finally:
             if partial is not None:
                 Path(partial).unlink(missing_ok=True)
+
+
+def _read_piece(piece: Range, *, is_whole: bool) -> bytes:
+    """The bytes of a piece; none if it should be the `is_whole` file and is not.
+
+    Raises: OSError.
+    """
+    with piece.path.open("rb") as file:
+        if is_whole and os.fstat(file.fileno()).st_size != piece.ref.num_bytes:
+            return b""
+        file.seek(piece.offset)
+        return file.read(piece.ref.num_bytes)
 
 
 def _size(path: Path) -> int:

@@ -105,8 +105,10 @@ class SimChildHost:
             yield from self._gather(plan, planned)
         except (SwarmError, OSError) as error:
             self._daemon.note(f"not prepared: {error}")
-            return
-        self._post(Prepared(self._manifest.job, plan.generation, prepare.step))
+            failure = str(error)[:300] or type(error).__name__
+            self._post(Prepared(self._manifest.job, plan.generation, prepare.step, failure))
+        else:
+            self._post(Prepared(self._manifest.job, plan.generation, prepare.step))
 
     def stop(self) -> None:
         """End the child, and with it what only its memory holds."""

@@ -135,7 +135,9 @@ class ChildHost:
             await self._is_warm.wait()  # or all others would wait for it when it gets its slots
             self._post(Prepared(self._job, plan.generation, prepare.step))
         except (SwarmError, OSError) as error:  # not needed yet: it will be fetched again
-            self._tools.log("not prepared", job=self._job, reason=str(error)[:300])
+            failure = str(error)[:300] or type(error).__name__
+            self._tools.log("not prepared", job=self._job, reason=failure)
+            self._post(Prepared(self._job, plan.generation, prepare.step, failure))
 
     async def stop(self) -> None:
         """End the child, and with it what only its memory holds."""

@@ -5,6 +5,7 @@ that read or write them block; call them in a thread.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -18,7 +19,7 @@ from swarmnode.messages import (
     Held,
     Ready,
 )
-from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blob_store import BlobStore, Range
 from swarmnode.p2p.states import index_tensors
 from swarmnode.tensorfiles import check_data, read_header
 from swarmnode.wire import pack, unpack
@@ -178,10 +179,16 @@ class StateKeeper:
             self._delete_log(stage, [s for s in self._logs.get(stage, {}) if s < log_from])
 
     def publish(self, path: Path, step: int) -> BlobRef:
-        """Serve a state file in chunks; the name of its index. Raises: SwarmError, OSError."""
+        """Serve a state file in chunks, as long as it is here; the name of its index, which lies
+        beside it. Raises: SwarmError, OSError.
+        """
         index, ranges = index_tensors(read_header(path), step)
-        self._store.add_ranges(ranges)
-        return self._store.put(index.to_json())
+        data = index.to_json()
+        ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data))
+        index_path = _index_path(path)
+        index_path.write_bytes(data)
+        self._store.add_ranges([*ranges, Range(ref, index_path, 0)])
+        return ref
 
     def remove(self) -> None:
         """Delete everything but the tenancy: promises outlast the work."""
@@ -221,8 +228,9 @@ class StateKeeper:
         log.delete(steps)
 
     def _delete(self, path: Path) -> None:
-        self._store.drop_ranges(path)
-        path.unlink(missing_ok=True)
+        for each in (path, _index_path(path)):
+            self._store.drop_ranges(each)
+            each.unlink(missing_ok=True)
 
     def _drop_stage(self, stage: int) -> None:
         for path in self._files(stage).values():
@@ -231,6 +239,11 @@ class StateKeeper:
         self._logs.pop(stage, None)
         self.memory.pop(stage, None)
         shutil.rmtree(stage_directory(self.directory, stage), ignore_errors=True)
+
+
+def _index_path(path: Path) -> Path:
+    """Where the index of a published state file lies."""
+    return path.with_name(path.name + ".index")
 
 
 def base_of(stage: int, taken: Handoff, keeper: StateKeeper) -> Base:

@@ -194,3 +194,34 @@ def test_dropped_ranges_are_gone_and_their_file_stays(tmp_path: Path, store: Blo
     store.drop_ranges(source)
     assert not any(store.has(piece.ref) for piece in ranges)
     assert source.stat().st_size == 2000
+
+
+def test_content_is_here_as_long_as_one_file_has_it(tmp_path: Path, store: BlobStore) -> None:
+    data = os.urandom(2000)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        path.write_bytes(data)
+        store.add_ranges(pieces(path, 1000))
+    refs = [piece.ref for piece in pieces(first, 1000)]
+    store.drop_ranges(second)
+    second.unlink()
+    assert b"".join(store.read(ref) for ref in refs) == data
+    second.write_bytes(data)
+    store.add_ranges(pieces(second, 1000))
+    first.write_bytes(bytes(2000))
+    assert b"".join(store.read(ref) for ref in refs) == data
+    second.unlink()
+    assert not any(store.has(ref) for ref in refs)
+
+
+def test_an_own_copy_that_is_removed_leaves_the_pieces_of_files(
+    tmp_path: Path, store: BlobStore
+) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(os.urandom(1000))
+    (piece,) = pieces(source, 1000)
+    store.add_ranges([piece])
+    store.own([piece.ref])
+    store.remove(piece.ref)
+    assert not blob_path(store.root, piece.ref).exists()
+    assert store.read(piece.ref) == source.read_bytes()

@@ -183,6 +183,28 @@ async def test_tidying_keeps_two_snapshots_and_the_log_since_the_older(tmp_path:
         assert w.stores[HOLDER].read(refs[6])
 
 
+async def test_what_was_published_goes_with_its_file_and_no_sooner(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        store = w.stores[HOLDER]
+        export, same = snapshot(w.keeper, 5, "export"), snapshot(w.keeper, 5)
+        refs = {ref for path in (export, same) for ref in [w.keeper.publish(path, 5)]}
+        assert len(refs) == 1, "the same content"
+        (index,) = refs
+        for step in (6, 7):
+            snapshot(w.keeper, step, "export")
+        w.keeper.tidy(PLAN, HOLDER)
+        assert (export.exists(), same.exists()) == (False, True)
+        chunks = TensorIndex.from_json(store.read(index)).chunks()
+        assert all(map(store.has, chunks)), "the snapshot has it still"
+        for step in (6, 7):
+            snapshot(w.keeper, step)
+        w.keeper.tidy(PLAN, HOLDER)
+        assert not any(map(store.has, (index, *chunks)))
+        left = {path.name for path in w.keeper.directory.rglob("*") if path.is_file()}
+        assert left == {f"{s}{kind}.safetensors" for s in (6, 7) for kind in ("", ".export")}
+        assert not [path for path in store.root.rglob("*") if path.is_file()]
+
+
 async def test_a_generation_forgets_what_was_prepared_and_never_committed(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         for step in (4, 5):
