@@ -5,7 +5,8 @@ others that host a slot is asked to end in order, so that the newcomer gets its 
 solver thinks of its speed: it fetches the state while the three go on, then they change places.
 Everything runs on one machine; so that the newcomer takes no processor time from the others, which
 it would not do at home, those who were there before run on the first core alone, the newcomer and
-this program on the last one.
+this program on the last one. The pace before is taken while nobody's solver searches: it does so
+after every change, and then once a minute.
 """
 
 import contextlib
@@ -143,6 +144,12 @@ class _Steps:
         return Pace(len(times), round(middle, 4), ratio, round(max(times), 3))
 
 
+def start_on_one_core(job: LongJob) -> None:
+    """The first nodes: a node measures its device again if it finds itself on other cores."""
+    os.sched_setaffinity(0, {min(CORES)})
+    job.start(range(NUM_BEFORE))
+
+
 def measure_joins(job: LongJob, num_joins: int, note: Callable[[str], None]) -> Iterator[Joined]:
     """One newcomer after another; for each one goes, so that there are three again."""
     known = set(job.peers.values())
@@ -168,6 +175,7 @@ def _measure(job: LongJob, node: LocalNode, known: set[str]) -> Joined:
     os.sched_setaffinity(0, {last})
     pin((job.swarm.node(index) for index in job.live()), first)
     job.until_healthy()
+    job.until_holds(lambda: not _searches(job), "no solver searches")
     begin_s = time.monotonic()
     while time.monotonic() < begin_s + BEFORE_S:
         steps.see(job.look())
@@ -205,6 +213,15 @@ def _measure(job: LongJob, node: LocalNode, known: set[str]) -> Joined:
         imported=None if imported_s is None else steps.pace(ready_s, end_s, usual_s),
         after=steps.pace(end_s, end_s + AFTER_S, usual_s),
     )
+
+
+def _searches(job: LongJob) -> bool:
+    for index in job.live():
+        for process in job.swarm.node(index).processes():
+            with contextlib.suppress(psutil.Error):
+                if "swarmnode.coordinator.solver_child" in process.cmdline():
+                    return True
+    return False
 
 
 def _follow(

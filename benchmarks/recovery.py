@@ -38,7 +38,7 @@ from statistics import median
 from typing import Any
 
 from _environment import environment
-from _joining import JOIN_SIZE, NUM_BEFORE, joins_table, measure_joins
+from _joining import JOIN_SIZE, NUM_BEFORE, joins_table, measure_joins, start_on_one_core
 from _long_job import (
     LIMIT_S,
     LOOK_S,
@@ -249,7 +249,10 @@ def main() -> int:
     ):
         task = progress.add_task(options.part, total=total)
         job = LongJob(swarm, root, size, options.seed)
-        job.start(range(NUM_BEFORE if is_join else NUM_NODES))
+        if is_join:
+            start_on_one_core(job)
+        else:
+            job.start(range(NUM_NODES))
         job.submit()
         done: list[Any] = []
         measured = (
