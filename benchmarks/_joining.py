@@ -27,8 +27,9 @@ from swarmnode.errors import SwarmError
 from swarmnode.http.api import JobView
 
 NUM_BEFORE = 3
-JOIN_SIZE = Size(hidden=128)
-BEFORE_S, AFTER_S = 10.0, 5.0
+JOIN_SIZE = Size(hidden=128, rows=4, sequence_length=128)
+"""Computing, not messages, takes most of a step, as it does in any job that is worth a swarm."""
+BEFORE_S, AFTER_S = 20.0, 10.0
 KNOWN_S = 3.0
 """From when the coordinator's directory shows the newcomer until its job counts on it, at most."""
 LEAVE_S = 70.0

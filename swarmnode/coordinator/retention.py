@@ -1,13 +1,15 @@
 """Which chunks of checkpoints stay on a node's disk: those of the newest ones of each job."""
 
+import asyncio
 import contextlib
 from collections.abc import Sequence, Set
 
 from swarmnode.coordinator.events import CheckpointRecord
 from swarmnode.coordinator.journal import NUM_KEPT_CHECKPOINTS
-from swarmnode.domain import BlobRef
+from swarmnode.domain import BlobRef, JobId
 from swarmnode.errors import SwarmError
 from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blobs import BlobClient, Provider
 from swarmnode.p2p.states import TensorIndex
 
 
@@ -20,6 +22,29 @@ def chunks_of(store: BlobStore, records: Sequence[CheckpointRecord]) -> set[Blob
             with contextlib.suppress(SwarmError):  # damaged: nobody can use its chunks
                 found |= set(TensorIndex.from_json(store.read(ref)).chunks())
     return found
+
+
+async def keep_state(
+    job: JobId,
+    index_ref: BlobRef,
+    providers: Sequence[Provider],
+    blobs: BlobClient,
+    store: BlobStore,
+) -> None:
+    """Have a published state here for good, also what so far is a piece of our own worker's files.
+
+    Raises: SwarmError, OSError; then nothing stays that was fetched for it.
+    """
+    refs = [index_ref]
+    try:
+        await blobs.fetch_all(job, refs, providers, is_borrowed=True)
+        chunks = TensorIndex.from_json(store.read(index_ref)).chunks()
+        refs += chunks
+        await blobs.fetch_all(job, chunks, providers, is_borrowed=True)
+        await asyncio.to_thread(store.own, refs)
+    except BaseException:
+        store.give_back(refs)
+        raise
 
 
 def forget_replaced(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.retention import keep_state
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
 from swarmnode.coordinator.solving import Solver
 from swarmnode.coordinator.tenure import Tenure
@@ -26,7 +27,6 @@ from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.ports import Transport
 from swarmnode.p2p.session import Conversation
-from swarmnode.p2p.states import TensorIndex
 from swarmnode.p2p.switch import Switch
 from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES
 
@@ -288,11 +288,7 @@ class JobRunner:
         addresses = plan.addresses.get(effect.provider, ()) if plan else ()
         providers = [(effect.provider, addresses)]
         try:
-            await tools.blobs.fetch_all(self.ledger.job, [effect.index], providers)
-            index = TensorIndex.from_json(tools.store.read(effect.index))
-            await tools.blobs.fetch_all(self.ledger.job, index.chunks(), providers)
-            # A state of our own worker lies in its file, which the next export replaces.
-            await asyncio.to_thread(tools.store.own, (effect.index, *index.chunks()))
+            await keep_state(self.ledger.job, effect.index, providers, tools.blobs, tools.store)
         except (SwarmError, OSError) as error:
             await self.tell(on.StateLost(effect.stage, effect.step, effect.index, str(error)))
         else:

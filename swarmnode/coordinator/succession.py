@@ -5,15 +5,15 @@ restarted, and the first that stands usually wins.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from swarmnode.coordinator.events import CheckpointRecord, EndRecord
+from swarmnode.coordinator.retention import keep_state
 from swarmnode.coordinator.standby import StandbyJournals
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
 from swarmnode.errors import SwarmError
 from swarmnode.p2p.blob_store import BlobStore
-from swarmnode.p2p.blobs import BlobClient
-from swarmnode.p2p.states import TensorIndex
+from swarmnode.p2p.blobs import BlobClient, Provider
 from swarmnode.papers import Papers
 from swarmnode.tokens import TokenIndex
 
@@ -130,20 +130,17 @@ class Succession:
     async def _keep(self, papers: Papers, record: CheckpointRecord) -> None:
         """Have the newest checkpoint too; of the others as many stay as the coordinator keeps."""
         try:
-            await self._fetch(papers, list(record.indexes))
+            job, providers = papers.manifest.job, self._providers(papers.plan)
             for ref in record.indexes:
-                index = TensorIndex.from_json(self._store.read(ref))
-                await self._fetch(papers, list(index.chunks()))
-                # Pieces of our own worker's files go with them.
-                await asyncio.to_thread(self._store.own, (ref, *index.chunks()))
+                await keep_state(job, ref, providers, self._blobs, self._store)
         except (SwarmError, OSError) as error:
             self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
         else:
             await asyncio.to_thread(self._forget_replaced)
 
     async def _fetch(self, papers: Papers, refs: list[BlobRef]) -> None:
-        plan = papers.plan
+        await self._blobs.fetch_all(papers.manifest.job, refs, self._providers(papers.plan))
+
+    def _providers(self, plan: Plan) -> list[Provider]:
         named = [peer for peer in (plan.coordinator, *plan.workers()) if peer != self._me]
-        addresses: Mapping[PeerId, tuple[str, ...]] = plan.addresses
-        providers = [(peer, addresses.get(peer, ())) for peer in dict.fromkeys(named)]
-        await self._blobs.fetch_all(papers.manifest.job, refs, providers)
+        return [(peer, plan.addresses.get(peer, ())) for peer in dict.fromkeys(named)]

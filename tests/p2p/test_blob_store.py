@@ -225,3 +225,40 @@ def test_an_own_copy_that_is_removed_leaves_the_pieces_of_files(
     store.remove(piece.ref)
     assert not blob_path(store.root, piece.ref).exists()
     assert store.read(piece.ref) == source.read_bytes()
+
+
+def test_what_could_not_be_owned_is_borrowed_still(tmp_path: Path, store: BlobStore) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(os.urandom(200_000))
+    (piece,) = pieces(source, 200_000)
+    store.add_ranges([piece])
+    borrowed = store.put(b"borrowed", is_borrowed=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SwarmError, match="free some space"):
+            store.own([borrowed, piece.ref])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    store.give_back([borrowed, piece.ref])
+    assert not store.has(borrowed)
+    assert store.has(piece.ref), "the file is somebody else's"
+
+
+def test_what_is_only_borrowed_need_not_outlast_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, synced = BlobStore(tmp_path, durable=True), set[str]()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    refs = [store.put(name, is_borrowed=True) for name in (b"put", b"owned", b"neither")]
+    assert not synced
+    store.put(b"put")
+    store.own(refs[1:2])
+    kept = {blob_path(store.root, ref) for ref in refs[:2]}
+    assert synced == {str(path.resolve()) for path in (*kept, *(path.parent for path in kept))}
