@@ -33,7 +33,7 @@ async def keep_state(
 ) -> None:
     """Have a published state here for good, also what so far is a piece of our own worker's files.
 
-    Raises: SwarmError, OSError; then nothing stays that was fetched for it.
+    Raises: SwarmError; then nothing stays that was fetched for it.
     """
     refs = [index_ref]
     try:
@@ -42,9 +42,8 @@ async def keep_state(
         refs += chunks
         await blobs.fetch_all(job, chunks, providers, is_borrowed=True)
         await asyncio.to_thread(store.own, refs)
-    except BaseException:
-        store.give_back(refs)
-        raise
+    finally:
+        await asyncio.to_thread(store.give_back, refs)
 
 
 def forget_replaced(

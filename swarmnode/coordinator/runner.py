@@ -99,13 +99,14 @@ class JobRunner:
                 ticker = group.create_task(self._tick(), name=f"tick {self.ledger.job}")
                 while not self.ledger.is_over:
                     event = await self._events.get()
-                    phase = self.ledger.phase
+                    phase, reason = self.ledger.phase, self.ledger.reason
                     if isinstance(event, on.Heard) and isinstance(event.message, Answer):
                         self._tenure.heard(event.peer, event.message)
                     async with self._handling:
                         for effect in self.ledger.handle(event, time.monotonic()):
                             await self._perform(effect)
-                    if self.ledger.phase != phase or isinstance(event, on.WorkerLost):
+                    is_news = self.ledger.phase != phase or self.ledger.reason not in ("", reason)
+                    if is_news or isinstance(event, on.WorkerLost):
                         self._report(event)
                     self._tools.on_changed(self.ledger)
                     await self._notify()

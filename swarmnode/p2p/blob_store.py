@@ -1,8 +1,9 @@
 """Content by its hash, in a directory: chunks of data, weights and checkpoints.
 
-Layout: `aa/<sha256>` one file per blob, `aa` its first two digits; `partial/` what is being
-written. A blob appears under its name complete or not at all. Pieces of other files count as blobs
-too, without a copy, as long as the store lives.
+Layout: `aa/<sha256>` one file per blob, `aa` its first two digits; `borrowed/<sha256>` what will
+become a piece of some other file and then go; `partial/` what is being written. A blob appears
+under its name complete or not at all. Pieces of other files count as blobs too, without a copy, as
+long as the store lives.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,8 @@ from swarmnode.domain import BlobRef
 from swarmnode.errors import ChunkError, SwarmError
 from swarmnode.wire import MAX_BLOB_BYTES
 
+BORROWED_S = 7 * 86400.0
+"""What was borrowed in an earlier life and is not asked for again goes after so long."""
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,16 +56,19 @@ class BlobStore:
         self.root = root
         self._durable = durable
         self.scratch = root / "partial"
+        self._borrowed = root / "borrowed"
         self._lock = threading.Lock()
         self._ranges: dict[str, list[Range]] = {}
         """The same content may lie in several files: it is here as long as one of them is."""
         self._files: dict[Path, set[str]] = {}
         """Of each file the contents that were added of it."""
-        self._borrowed: set[str] = set()
         try:
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            for leftover in self.scratch.iterdir():
-                leftover.unlink()
+            for folder in (self.scratch, self._borrowed):
+                folder.mkdir(parents=True, exist_ok=True)
+            oldest_s = time.time() - BORROWED_S
+            for leftover in (*self.scratch.iterdir(), *self._borrowed.iterdir()):
+                if leftover.parent == self.scratch or leftover.stat().st_mtime < oldest_s:
+                    leftover.unlink()
         except OSError as error:
             raise SwarmError(f"blob store {root} cannot be used: {error.strerror}") from error
 
@@ -70,8 +77,8 @@ class BlobStore:
     def put(self, data: bytes | bytearray | memoryview, *, is_borrowed: bool = False) -> BlobRef:
         """Store `data`; nothing happens if it is there already. At most `MAX_BLOB_BYTES`.
 
-        What is only borrowed, to become a piece of something else, goes again with `give_back`,
-        unless somebody has put or owned the same content for good meanwhile.
+        What is only borrowed, to become a piece of something else, goes again with `give_back`;
+        of what is put or owned for good meanwhile the store has its own.
 
         Raises: SwarmError if the disk is full or broken; nothing half-written is left.
         """
@@ -79,25 +86,47 @@ class BlobStore:
         if num_bytes > MAX_BLOB_BYTES:
             raise SwarmError(f"blob of {num_bytes} bytes; at most {MAX_BLOB_BYTES} are allowed")
         ref = BlobRef(hashlib.sha256(data).hexdigest(), num_bytes)
-        path = self._own_path(ref)
-        with self._lock:
-            is_safe = ref.sha256 not in self._borrowed
-            if not is_borrowed:
-                self._borrowed.discard(ref.sha256)
-        if _size(path) != num_bytes or path.read_bytes() != data:
-            self._write(path, data, is_borrowed)
-            is_safe = False
-        if not is_borrowed and not is_safe:
-            self._sync([path])
+        own, borrowed = self._own_path(ref), self._borrowed_path(ref)
+        if _holds(own, data) or (is_borrowed and _holds(borrowed, data)):
+            return ref
+        self._write(borrowed if is_borrowed else own, data)
+        if not is_borrowed:
+            self._sync([own])
         return ref
 
     def give_back(self, refs: Iterable[BlobRef]) -> None:
-        """Remove those of `refs` that were only borrowed."""
+        """Remove those of `refs` that were borrowed."""
         for ref in refs:
-            with self._lock:
-                if ref.sha256 in self._borrowed:
-                    self._borrowed.remove(ref.sha256)
-                    self._own_path(ref).unlink(missing_ok=True)
+            self._borrowed_path(ref).unlink(missing_ok=True)
+
+    def own(self, refs: Iterable[BlobRef]) -> None:
+        """See that every blob stays, also what is borrowed, or a piece of somebody's file.
+
+        All at once: a disk makes a hundred files safe in little more time than one.
+        Raises: ChunkError if one is not here, SwarmError if the disk is full; then nothing is
+        owned that was not before.
+        """
+        paths, new = [], []
+        try:
+            for ref in refs:
+                paths.append(path := self._own_path(ref))
+                if _size(path) != ref.num_bytes:
+                    new.append(path)
+                    self._take(ref, path)
+            self._sync(paths)
+        except SwarmError:
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
+
+    def _take(self, ref: BlobRef, path: Path) -> None:
+        """Make the store's own file of a blob; a link to what is borrowed costs no copy."""
+        data = self.read(ref)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            os.link(self._borrowed_path(ref), path)
+        except OSError:  # it is not borrowed, or the file system has no links
+            self._write(path, data)
 
     def add_ranges(self, ranges: Iterable[Range]) -> None:
         """Serve pieces of existing files as blobs, without a copy, for this life of the store.
@@ -118,53 +147,18 @@ class BlobStore:
                 pieces = [piece for piece in self._ranges.get(sha256, ()) if piece.path == path]
                 self._forget(sha256, pieces)
 
-    def own(self, refs: Iterable[BlobRef]) -> None:
-        """See that every blob stays: copy a piece of somebody's file, keep what was borrowed.
-
-        All at once: a disk makes a hundred files safe in little more time than one.
-        Raises: ChunkError if one is not here, SwarmError if the disk is full; what was not the
-        store's own before is only borrowed then.
-        """
-        paths, lent = [], set()
-        try:
-            for ref in refs:
-                path = self._own_path(ref)
-                with self._lock:
-                    if ref.sha256 in self._borrowed or _size(path) != ref.num_bytes:
-                        lent.add(ref.sha256)
-                    self._borrowed.discard(ref.sha256)
-                if _size(path) != ref.num_bytes:
-                    self._write(path, self.read(ref), is_borrowed=False)
-                paths.append(path)
-            self._sync(paths)
-        except SwarmError:
-            with self._lock:
-                self._borrowed |= lent
-            raise
-
     def remove(self, ref: BlobRef) -> None:
         """Delete the store's own copy of the blob; pieces of others' files are theirs to drop."""
         self._own_path(ref).unlink(missing_ok=True)
-        with self._lock:
-            self._borrowed.discard(ref.sha256)
 
     # ---- reading ----
 
     def has(self, ref: BlobRef) -> bool:
         """Whether the blob is here, by name and size; `read` also checks the content."""
-        if _size(self._own_path(ref)) == ref.num_bytes:
-            return True
-        return any(piece.path.is_file() for piece in self._pieces(ref))
-
-    def path(self, ref: BlobRef) -> Path:
-        """The file that holds exactly this blob; a referenced range is copied to one first.
-
-        Raises: ChunkError if it is not here.
-        """
-        path = self._own_path(ref)
-        if _size(path) != ref.num_bytes:
-            self.put(self.read(ref))
-        return path
+        files = (self._own_path(ref), self._borrowed_path(ref))
+        return any(_size(path) == ref.num_bytes for path in files) or any(
+            piece.path.is_file() for piece in self._pieces(ref)
+        )
 
     def read(self, ref: BlobRef) -> bytes:
         """The content, checked against its hash, from the first place that still has it.
@@ -172,11 +166,12 @@ class BlobStore:
         Raises: ChunkError if it is not here, or is corrupt; then it is removed, so that it
         will be fetched again.
         """
-        own = self._own_path(ref)
+        files = (self._own_path(ref), self._borrowed_path(ref))
         failure = f"blob {ref.sha256:.12} is not here"
-        for piece in (Range(ref, own, 0), *self._pieces(ref)):
+        for piece in (*(Range(ref, path, 0) for path in files), *self._pieces(ref)):
+            is_file = piece.path in files
             try:
-                data = _read_piece(piece, is_whole=piece.path == own)
+                data = _read_piece(piece, is_whole=is_file)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -185,8 +180,8 @@ class BlobStore:
             if hashlib.sha256(data).hexdigest() == ref.sha256:
                 return data
             failure = f"blob {ref.sha256:.12} was corrupt on disk and is removed"
-            if piece.path == own:
-                self.remove(ref)
+            if is_file:
+                piece.path.unlink(missing_ok=True)
             else:
                 with self._lock:
                     self._forget(ref.sha256, [piece])
@@ -210,7 +205,10 @@ class BlobStore:
     def _own_path(self, ref: BlobRef) -> Path:
         return blob_path(self.root, ref)
 
-    def _write(self, path: Path, data: bytes | bytearray | memoryview, is_borrowed: bool) -> None:
+    def _borrowed_path(self, ref: BlobRef) -> Path:
+        return self._borrowed / self._own_path(ref).name
+
+    def _write(self, path: Path, data: bytes | bytearray | memoryview) -> None:
         """Write `path` through a temporary file and a rename; `_sync` makes it outlast a crash."""
         partial: str | None = None
         try:
@@ -218,12 +216,7 @@ class BlobStore:
             descriptor, partial = tempfile.mkstemp(dir=self.scratch)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
-            with self._lock:
-                if not is_borrowed:
-                    self._borrowed.discard(path.name)
-                elif not path.exists():
-                    self._borrowed.add(path.name)
-                os.replace(partial, path)
+            os.replace(partial, path)
             partial = None
         except OSError as error:
             raise self._full(memoryview(data).nbytes, error) from error
@@ -261,6 +254,11 @@ def _read_piece(piece: Range, *, is_whole: bool) -> bytes:
             return b""
         file.seek(piece.offset)
         return file.read(piece.ref.num_bytes)
+
+
+def _holds(path: Path, data: bytes | bytearray | memoryview) -> bool:
+    """Whether a file has exactly this content."""
+    return _size(path) == memoryview(data).nbytes and path.read_bytes() == data
 
 
 def _size(path: Path) -> int:

@@ -59,7 +59,7 @@ class Fetcher:
         await self._fetch(index.chunks(), providers, _hit_half_way, is_borrowed=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(write_safetensors, path, index.tensors, self._store.read)
-        self._store.give_back([index_ref, *index.chunks()])
+        await asyncio.to_thread(self._store.give_back, [index_ref, *index.chunks()])
 
     async def updates(
         self, updates: Sequence[Update], providers: Sequence[PeerId], log: UpdateLog
@@ -80,7 +80,7 @@ class Fetcher:
         await self._fetch(chunks, providers, _hit_half_way, is_borrowed=True)
         for index in indexes:
             await asyncio.to_thread(self._log, index, log)
-        self._store.give_back([*refs, *chunks])
+        await asyncio.to_thread(self._store.give_back, [*refs, *chunks])
 
     def _log(self, index: UpdateIndex, log: UpdateLog) -> None:
         ref = log.write(index.step, [self._store.read(chunk) for chunk in index.chunks])

@@ -4,13 +4,14 @@ import hashlib
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from swarmnode.domain import BlobRef
 from swarmnode.errors import ChunkError, SwarmError
-from swarmnode.p2p.blob_store import BlobStore, Range, blob_path
+from swarmnode.p2p.blob_store import BORROWED_S, BlobStore, Range, blob_path
 from swarmnode.wire import MAX_BLOB_BYTES
 
 
@@ -31,8 +32,7 @@ def test_what_is_put_is_read_back_and_survives_a_restart(
     again = BlobStore(tmp_path)
     assert again.has(ref)
     assert again.read(ref) == data
-    assert again.path(ref).read_bytes() == data
-    assert again.path(ref) == blob_path(tmp_path, ref)
+    assert blob_path(tmp_path, ref).read_bytes() == data
     again.remove(ref)
     assert not again.has(ref)
     again.remove(ref)
@@ -45,7 +45,7 @@ def test_a_blob_that_is_absent_or_of_another_size_is_not_here(store: BlobStore) 
     with pytest.raises(ChunkError, match="not here"):
         store.read(BlobRef("0" * 64, 4))
     with pytest.raises(ChunkError, match="not here"):
-        store.path(BlobRef("0" * 64, 4))
+        store.own([BlobRef("0" * 64, 4)])
 
 
 @pytest.mark.parametrize("damage", [b"daTa", b"dat", b"", b"data and more"])
@@ -53,7 +53,7 @@ def test_a_corrupt_blob_is_removed_so_that_it_is_fetched_again(
     store: BlobStore, damage: bytes
 ) -> None:
     ref = store.put(b"data")
-    store.path(ref).write_bytes(damage)
+    blob_path(store.root, ref).write_bytes(damage)
     with pytest.raises(ChunkError, match="corrupt on disk and is removed"):
         store.read(ref)
     assert not store.has(ref)
@@ -63,7 +63,7 @@ def test_a_corrupt_blob_is_removed_so_that_it_is_fetched_again(
 
 def test_putting_again_repairs_a_corrupt_blob(store: BlobStore) -> None:
     ref = store.put(b"data")
-    store.path(ref).write_bytes(b"XXXX")
+    blob_path(store.root, ref).write_bytes(b"XXXX")
     store.put(b"data")
     assert store.read(ref) == b"data"
 
@@ -75,13 +75,26 @@ def test_what_is_borrowed_goes_again_unless_somebody_needs_it(tmp_path: Path) ->
     refs = [store.put(name, is_borrowed=True) for name in names]
     assert store.put(b"put") == refs[2]
     store.own([refs[3]])
+    store.own(refs[4:])
     store.remove(refs[4])
-    assert store.put(b"removed") == refs[4]
+    assert store.has(refs[4]), "it is borrowed still"
+    store.put(b"removed")
     store.give_back(refs)
     assert [store.has(ref) for ref in refs] == [True, False, True, True, True]
     assert store.read(before) == b"before"
     store.give_back(refs)
     assert store.has(refs[2])
+
+
+def test_what_was_borrowed_long_ago_is_gone_at_the_next_start(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    old, young = (store.put(name, is_borrowed=True) for name in (b"old", b"young"))
+    (path,) = (p for p in tmp_path.rglob(old.sha256) if p.is_file())
+    os.utime(path, (0, time.time() - BORROWED_S - 1))
+    again = BlobStore(tmp_path)
+    assert (again.has(old), again.has(young)) == (False, True)
+    again.give_back([young])
+    assert not again.has(young)
 
 
 def test_a_blob_over_the_limit_is_refused(store: BlobStore) -> None:
@@ -95,7 +108,7 @@ def test_a_blob_over_the_limit_is_refused(store: BlobStore) -> None:
             BlobRef("0" * 64 + "\n", 1), BlobRef("0" * 64, MAX_BLOB_BYTES + 1)],
 )  # fmt: skip
 def test_only_a_hash_names_a_blob(store: BlobStore, ref: BlobRef) -> None:
-    for act in (store.read, store.path, store.has, store.remove):
+    for act in (store.read, store.has, store.remove):
         with pytest.raises(ChunkError, match="names no blob"):
             act(ref)
 
@@ -169,7 +182,8 @@ def test_ranges_of_a_file_are_blobs_without_a_copy(tmp_path: Path, store: BlobSt
     assert all(store.has(ref) for ref in refs)
     assert b"".join(store.read(ref) for ref in refs) == data
     assert not any(blob_path(store.root, ref).exists() for ref in refs)
-    assert store.path(refs[1]).read_bytes() == data[1000:2000]
+    store.own(refs[1:2])
+    assert blob_path(store.root, refs[1]).read_bytes() == data[1000:2000]
 
 
 def test_a_source_that_changes_loses_its_blobs(tmp_path: Path, store: BlobStore) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swarmnode.domain import BlobRef, JobId, PeerId
 from swarmnode.errors import ChunkError, PeerLostError, RefusedError, SwarmError
 from swarmnode.p2p import blobs
-from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blob_store import BlobStore, blob_path
 from swarmnode.p2p.blobs import BlobClient, Provider, serve_blobs
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.ports import EndOfStream, Stream
@@ -147,7 +147,7 @@ async def test_a_fetch_goes_on_where_it_was_and_repairs_what_is_corrupt(tmp_path
             await swarm.client.fetch_all(JOB, refs, [swarm.seeder("half", data[:5])])
         for content in data[:6]:
             swarm.store.put(content)
-        swarm.store.path(refs[0]).write_bytes(b"X" * refs[0].num_bytes)
+        blob_path(swarm.store.root, refs[0]).write_bytes(b"X" * refs[0].num_bytes)
         await swarm.client.fetch_all(JOB, refs, [swarm.seeder("all", data)])
         assert [swarm.store.read(ref) for ref in refs] == data
         absent = [data[0], *data[6:]]
@@ -264,7 +264,7 @@ async def test_a_seeder_with_a_corrupt_disk_says_so_and_drops_the_blob(tmp_path:
         data = contents(2)
         refs = refs_of(data, tmp_path)
         rotten, sound = swarm.seeder("rotten", data), swarm.seeder("sound", data)
-        path = BlobStore(tmp_path / "rotten").path(refs[1])
+        path = blob_path(tmp_path / "rotten", refs[1])
         path.write_bytes(b"y" * refs[1].num_bytes)
         await swarm.client.fetch_all(JOB, refs, [rotten, sound])
         await swarm.client.fetch_all(JOB, refs, [sound])
