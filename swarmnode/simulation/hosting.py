@@ -117,6 +117,7 @@ class Hosting:
     def _promise(self, before: Tenancy, after: Tenancy) -> Generator[float, None, bool]:
         """Nothing lower is served from now on; it counts once it is on the disk."""
         self.tenancy = after
+        self.keeper.unsettle()
         if after.plan is not None and after.plan is not before.plan:
             self.keeper.change_layers(before.plan, after.plan)
         if after == before and self._is_saved:
@@ -216,10 +217,13 @@ class Hosting:
                 self._prepared_plan = message.plan
                 self.work.prepare(message)
             case Begin():
+                self.keeper.begun()
                 self.work.to_child(message)
             case Commit():
                 self.work.commit(message)
-            case Save(generation=fence, step=step, stage=stage):
+            case Save(generation=fence, step=step, stage=stage, readers=readers):
+                if readers:
+                    self.keeper.reserve(stage, step)
                 self.work.save(fence, step, stage)
             case Entry():
                 self._daemon.succession.entry(message)

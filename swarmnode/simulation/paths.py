@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from swarmnode.simulation.disk import Disk
 
@@ -74,6 +74,9 @@ class SimPath:
         assert mode == "wb", mode
         return SimFile(b"", self._disk, self._path)
 
+    def stat(self) -> "SimStat":
+        return SimStat(len(self.read_bytes()))
+
     def read_bytes(self) -> bytes:
         return self._disk.read(self._path)
 
@@ -86,6 +89,12 @@ class SimPath:
         data = self._disk.read(self._path)
         self._disk.remove(self._path)
         self._disk.replace(str(target), data)
+
+
+class SimStat(NamedTuple):
+    """What is known of a file."""
+
+    st_size: int
 
 
 class SimFile(io.BytesIO):

@@ -156,6 +156,7 @@ class JobHost:
 
     async def _promise(self, before: Tenancy, after: Tenancy) -> None:
         self.tenancy = after  # from here on nothing lower is served
+        self.keeper.unsettle()
         self._tools.switch.fence(self.job, after.promised)
         if after.plan is not None and after.plan is not before.plan:
             await asyncio.to_thread(self.keeper.change_layers, before.plan, after.plan)
@@ -331,11 +332,14 @@ class JobHost:
                     self._prepared_plan = message.plan
                     self._work.prepare(message, self._group)
             case Begin():
+                self.keeper.begun()
                 await self._work.send(message)
             case Commit():
                 await self._work.commit(message)
             case Save(generation=fence, step=step, stage=stage, readers=readers):
                 self._readers |= set(readers)
+                if readers:
+                    self.keeper.reserve(stage, step)
                 if self._group is not None:
                     await self._work.save(fence, step, stage, self._group)
             case Entry(number=number, lines=lines):

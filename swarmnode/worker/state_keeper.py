@@ -32,6 +32,8 @@ from swarmnode.worker.training.log import UpdateLog, newest_run, sync_directory
 _BEST_FIRST: tuple[FileKind, ...] = ("snapshot", "export", "fetched")
 _FOLDER = "stage-"
 KEPT_EXPORTS = 2
+RESERVED_SHARE = 4
+"""Updates are kept for who fetches a state as long as they have at most so many times its bytes."""
 
 
 class StateKeeper:
@@ -47,6 +49,10 @@ class StateKeeper:
         self._logs: dict[int, dict[int, BlobRef]] = {}
         self._readies: dict[tuple[int, int], Ready] = {}
         self._expected: frozenset[int] = frozenset()
+        self._reserved: dict[int, int] = {}
+        """stage -> the step from which on somebody who fetches its state will need updates."""
+        self._is_settled = False
+        """Whether everybody has the states of the generation at hand."""
 
     # ---- what is here ----------------------------------------------------------------------
 
@@ -162,8 +168,26 @@ class StateKeeper:
         self._expected = frozenset(stages)
         return self._expected
 
+    def reserve(self, stage: int, step: int) -> None:
+        """Somebody fetches the state after `step` steps for a plan to come, and then needs the
+        updates since: they stay until that plan has begun, or are `RESERVED_SHARE` too many."""
+        self._reserved[stage] = step
+
+    def unsettle(self) -> None:
+        """Another generation is in the making: what was told of states and updates must stay."""
+        self._is_settled = False
+
+    def begun(self) -> None:
+        """A step begins, so all have what they need of others."""
+        if not self._is_settled:
+            self._is_settled = True
+            self._reserved.clear()
+
     def tidy(self, plan: Plan, peer: PeerId) -> None:
-        """Delete what newer snapshots have made superfluous, and stages that are held no more."""
+        """Delete what newer snapshots have made superfluous, and stages that are held no more;
+        nothing while others may be fetching it."""
+        if not self._is_settled:
+            return
         mine = set(plan.stages_of(peer))
         for stage in self._stages_on_disk() - mine - self._expected:
             self._drop_stage(stage)
@@ -171,6 +195,7 @@ class StateKeeper:
             files = self._files(stage)
             steps = {step for step, kind in files if kind != "export"}
             kept, log_from = handoff.retained(sorted(steps))
+            log_from = min(log_from, self._reserved_from(stage, log_from))
             exports = sorted(step for step, kind in files if kind == "export")[-KEPT_EXPORTS:]
             for (step, kind), path in files.items():
                 doubled = kind == "fetched" and (step, "snapshot") in files
@@ -210,6 +235,19 @@ class StateKeeper:
         folder = stage_directory(self.directory, stage)
         named = ((read_state_name(path), path) for path in folder.glob("*.safetensors"))
         return {name: path for name, path in named if name is not None}
+
+    def _reserved_from(self, stage: int, log_from: int) -> int:
+        """The first update that stays for somebody who fetches; `log_from` if none does."""
+        first = self._reserved.get(stage)
+        if first is None:
+            return log_from
+        log, files = self.log(stage), self._files(stage).values()
+        reserved = (log.update_path(s) for s in self._logs.get(stage, {}) if first <= s < log_from)
+        limit = RESERVED_SHARE * max((path.stat().st_size for path in files), default=0)
+        if sum(path.stat().st_size for path in reserved) <= limit:
+            return first
+        del self._reserved[stage]
+        return log_from
 
     def _serve_update(self, stage: int, step: int) -> None:
         log = self.log(stage)

@@ -168,6 +168,7 @@ async def test_tidying_keeps_two_snapshots_and_the_log_since_the_older(tmp_path:
     async with world(tmp_path) as w:
         refs = {step: w.say(step, b"%d" % step) for step in range(3, 12)}
         files = {step: snapshot(w.keeper, step) for step in (3, 6)}
+        w.keeper.begun()
         w.keeper.tidy(PLAN, HOLDER)
         assert sorted(w.keeper.holding(1).log) == list(range(3, 12))
         files[9] = snapshot(w.keeper, 9)
@@ -183,6 +184,49 @@ async def test_tidying_keeps_two_snapshots_and_the_log_since_the_older(tmp_path:
         assert w.stores[HOLDER].read(refs[6])
 
 
+async def test_nothing_goes_while_another_generation_is_in_the_making(tmp_path: Path) -> None:
+    """Whoever answered with an older log would not have it any more when it is asked for."""
+    async with world(tmp_path) as w:
+        for step in range(3, 12):
+            w.say(step, b"x")
+        w.keeper.begun()
+        for step in (6, 9):
+            snapshot(w.keeper, step)
+        w.keeper.unsettle()
+        w.keeper.tidy(PLAN, HOLDER)
+        assert sorted(w.keeper.holding(1).log) == list(range(3, 12))
+        w.keeper.begun()
+        w.keeper.tidy(PLAN, HOLDER)
+        assert sorted(w.keeper.holding(1).log) == list(range(6, 12))
+
+
+async def test_updates_stay_for_who_fetches_a_state_as_long_as_they_are_few(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        num_bytes = snapshot(w.keeper, 2).stat().st_size
+        for step in range(2, 6):
+            w.say(step, bytes(num_bytes))
+        w.keeper.begun()
+        w.keeper.reserve(1, 2)
+        for step in (4, 6):
+            snapshot(w.keeper, step)
+        w.keeper.tidy(PLAN, HOLDER)
+        assert sorted(w.keeper.holding(1).log) == [2, 3, 4, 5]
+        for step in range(6, 10):
+            w.say(step, bytes(num_bytes))
+        snapshot(w.keeper, 8)
+        w.keeper.tidy(PLAN, HOLDER)
+        assert sorted(w.keeper.holding(1).log) == list(range(2, 10)), "four times the state"
+        snapshot(w.keeper, 9)
+        w.keeper.tidy(PLAN, HOLDER)
+        assert sorted(w.keeper.holding(1).log) == [8, 9]
+        w.keeper.reserve(1, 8)
+        w.keeper.unsettle()
+        w.keeper.begun()
+        snapshot(w.keeper, 10)
+        w.keeper.tidy(PLAN, HOLDER)
+        assert sorted(w.keeper.holding(1).log) == [9], "that plan has begun"
+
+
 async def test_what_was_published_goes_with_its_file_and_no_sooner(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         store = w.stores[HOLDER]
@@ -192,6 +236,7 @@ async def test_what_was_published_goes_with_its_file_and_no_sooner(tmp_path: Pat
         (index,) = refs
         for step in (6, 7):
             snapshot(w.keeper, step, "export")
+        w.keeper.begun()
         w.keeper.tidy(PLAN, HOLDER)
         assert (export.exists(), same.exists()) == (False, True)
         chunks = TensorIndex.from_json(store.read(index)).chunks()
