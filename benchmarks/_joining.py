@@ -27,7 +27,7 @@ from swarmnode.errors import SwarmError
 from swarmnode.http.api import JobView
 
 NUM_BEFORE = 3
-JOIN_SIZE = Size(hidden=128, rows=4, sequence_length=128)
+JOIN_SIZE = Size(hidden=128, rows=8, sequence_length=256)
 """Computing, not messages, takes most of a step, as it does in any job that is worth a swarm."""
 BEFORE_S, AFTER_S = 20.0, 10.0
 KNOWN_S = 3.0

@@ -14,7 +14,7 @@ Doubles with every move of choice while nobody comes or goes: what does not sett
 MOST_DOUBLINGS = 7
 PERIOD_S = 60.0
 """Speeds and links drift: look again this often, also when nobody came or left."""
-PATIENCE_S = 200.0
+PATIENCE_S = 320.0
 """An answer that takes longer than this was lost with the solver that worked on it."""
 
 

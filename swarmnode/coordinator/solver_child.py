@@ -14,7 +14,7 @@ from swarmnode.pipes import ChildPipe
 
 SEARCH_S = 4.0
 """Computing for one answer; the rest of the machine has work to do."""
-NICENESS = 15
+NICENESS = 19
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from swarmnode.coordinator.solver.request import (
 from swarmnode.errors import CapacityError, ChildError
 from swarmnode.manifest import PlacementConfig
 
-TIMEOUT_S = 180.0
-"""Where every core is busy computing steps, it gets a few hundredths of one."""
+TIMEOUT_S = 300.0
+"""Where every core is busy computing steps, it gets a hundredth of one."""
 MAX_MESSAGE_BYTES = 64 << 20
 REQUESTS: TypeAdapter[Request] = TypeAdapter(Request)
 ANSWERS: TypeAdapter[Answer] = TypeAdapter(Answer)
