@@ -155,8 +155,8 @@ class JobHost:
         self._is_loaded = True
 
     async def _promise(self, before: Tenancy, after: Tenancy) -> None:
+        await asyncio.to_thread(self.keeper.unsettle)
         self.tenancy = after  # from here on nothing lower is served
-        self.keeper.unsettle()
         self._tools.switch.fence(self.job, after.promised)
         if after.plan is not None and after.plan is not before.plan:
             await asyncio.to_thread(self.keeper.change_layers, before.plan, after.plan)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class StateKeeper:
         """stage -> the step from which on somebody who fetches its state will need updates."""
         self._is_settled = False
         """Whether everybody has the states of the generation at hand."""
+        self._tidying = threading.Lock()
 
     # ---- what is here ----------------------------------------------------------------------
 
@@ -174,8 +176,12 @@ class StateKeeper:
         self._reserved[stage] = step
 
     def unsettle(self) -> None:
-        """Another generation is in the making: what was told of states and updates must stay."""
-        self._is_settled = False
+        """Another generation is in the making: what is told of states and updates must stay.
+
+        Returns once nothing is being deleted.
+        """
+        with self._tidying:
+            self._is_settled = False
 
     def begun(self) -> None:
         """A step begins, so all have what they need of others."""
@@ -186,8 +192,11 @@ class StateKeeper:
     def tidy(self, plan: Plan, peer: PeerId) -> None:
         """Delete what newer snapshots have made superfluous, and stages that are held no more;
         nothing while others may be fetching it."""
-        if not self._is_settled:
-            return
+        with self._tidying:
+            if self._is_settled:
+                self._tidy(plan, peer)
+
+    def _tidy(self, plan: Plan, peer: PeerId) -> None:
         mine = set(plan.stages_of(peer))
         for stage in self._stages_on_disk() - mine - self._expected:
             self._drop_stage(stage)
