@@ -132,6 +132,8 @@ class Generations(JobState):
         chosen, plan = self.replanning.chosen, self.plan
         if chosen is None or plan is None or self._forming is not None:
             return []
+        if self._preparing is not None and self._preparing.decision is chosen:
+            return []
         if self.phase == "serving":  # conversations have no step boundary
             return self._form(now_s)
         return self._prepare(chosen, plan, now_s)
@@ -147,7 +149,7 @@ class Generations(JobState):
         if self.phase == "serving":
             return self._form(now_s)
         assert self.plan is not None
-        self.replanning.chosen = decision
+        self.replanning.insist(decision)
         return self._prepare(decision, self.plan, now_s)
 
     @property
@@ -184,7 +186,7 @@ class Generations(JobState):
         shadows = self._shadows_of(decision, plan, now_s)
         if not any(set(dark) - set(plan.holders(s)) for s, dark in enumerate(shadows)):
             return []
-        self.replanning.chosen = decision
+        self.replanning.insist(decision)
         return self._prepare(decision, plan, now_s)
 
     def _is_time_to_move(self, now_s: float) -> bool:

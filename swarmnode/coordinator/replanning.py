@@ -93,6 +93,11 @@ class Replanning:
         self.verdict = refusal or ""
         self.chosen = found.decision if refusal is None else None
 
+    def insist(self, decision: Decision) -> None:
+        """A move that must be made; the solver did not know why when it was last asked."""
+        self.chosen = decision
+        self._is_waiting, self._is_deaf = False, True
+
     def take(self, peers: Sequence[Advert]) -> Decision | None:
         """The chosen placement, once, if every machine of it is still here."""
         chosen, self.chosen = self.chosen, None

@@ -127,6 +127,31 @@ def test_who_wants_to_leave_is_let_go_once_others_have_its_slots() -> None:
     assert histories(bench) == {tuple(range(STEPS))}
 
 
+def test_what_the_solver_found_before_somebody_left_is_not_taken() -> None:
+    """It would move at once, to a placement with the leaver and without what others fetch."""
+    bench = Bench(manifest(steps=STEPS), "abc").start()
+    while bench.ledger.step < 1:
+        bench.next()
+    bench.revive("e")
+    plan = bench.ledger.plan
+    assert plan is not None
+    everybody = tuple(bench.adverts.values())
+    found = Improvement(solve(everybody, bench.ledger.facts, bench.job), None, 0.0)
+    leaver = PeerId("c")
+    bench.feed(on.Heard(leaver, Leaving(bench.ledger.job, plan.generation)))
+    chosen = bench.ledger.replanning.chosen
+    assert bench.ledger.newcomers == {PeerId("e")}
+    bench.feed(on.Improved(plan.generation, found))
+    assert bench.ledger.replanning.chosen is chosen
+    prepares = sum(isinstance(s.message, Prepare) for s in bench.sent)
+    while leaver in bench.ledger.plan.workers() or bench.ledger.phase == "placing":
+        bench.next() if bench.inbox else bench.tick(1.0)
+    assert PeerId("e") in bench.ledger.plan.workers()
+    assert sum(isinstance(s.message, Prepare) for s in bench.sent) == prepares + 1
+    bench.run()
+    assert histories(bench) == {tuple(range(STEPS))}
+
+
 def test_after_a_loss_those_go_on_who_can_compute_at_once() -> None:
     bench = Bench(manifest(steps=STEPS), "abcd").start()
     while bench.ledger.step < 2:
