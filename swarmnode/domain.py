@@ -98,6 +98,19 @@ class Advert:
     reach: Reach = Reach()
 
 
+class LinkPreset(NamedTuple):
+    """A directed link between two peers whose boundary frames are coded more coarsely than the job
+    asks for. It names the codecs: two versions may understand a preset differently."""
+
+    source: PeerId
+    """Who sends."""
+    target: PeerId
+    preset: str
+    """What it is called; says nothing that the codecs do not."""
+    activation: str
+    activation_gradient: str
+
+
 @dataclass(frozen=True)
 class BlobRef:
     """Content by its hash: at most `wire.MAX_BLOB_BYTES`, checked before it is used."""
@@ -129,6 +142,8 @@ class Plan:
     """Whose majority begins the next generation, in order of succession, the coordinator first."""
     voters_before: tuple[PeerId, ...] = ()
     """Those of the last plan that began before: without them nobody begins this one or another."""
+    links: tuple[LinkPreset, ...] = ()
+    """Sorted; on all other links frames are coded as the job asks for."""
 
     @property
     def num_stages(self) -> int:

@@ -1,7 +1,7 @@
 """Which codecs a job asks for, and what every part of a job description has in common."""
 
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,8 @@ from swarmnode.codec_specs import PRESETS, Memory, parse_spec, spec_with
 from swarmnode.errors import ManifestError
 
 DELTA_CACHE_BYTES = 1 << 30
+FOLLOWING_PRESETS = ("lan", "home")
+"""Those of which a slow link may take a coarser one: `fidelity` is to lose nothing at all."""
 
 
 class Section(BaseModel):
@@ -57,6 +59,8 @@ class CodecConfig(Section):
     """Codec of parameter gradients, among the slots of a stage; may end in +ef."""
     delta_cache_bytes: int = Field(default=DELTA_CACHE_BYTES, ge=0, le=1 << 50)
     """With aq/: memory for hidden states, at each end of each boundary of each slot."""
+    follow_links: bool = False
+    """Whether links too slow for these codecs go over to coarser ones; by default with a preset."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -64,6 +68,8 @@ class CodecConfig(Section):
         found: dict[str, Any] = serialize(self)
         if self.delta_cache_bytes == DELTA_CACHE_BYTES:
             found.pop("delta_cache_bytes", None)
+        if not self.follow_links:
+            found.pop("follow_links", None)
         return found
 
     @property
@@ -96,4 +102,13 @@ class CodecConfig(Section):
         name = raw.get("preset") if isinstance(raw, dict) else None
         if not isinstance(name, str) or name not in PRESETS:
             return raw
-        return {**asdict(PRESETS[name]), **{key: raw[key] for key in raw if key != "preset"}}
+        named = {key: raw[key] for key in raw if key != "preset"}
+        can_follow = not str(named.get("activation", "")).startswith("aq/")
+        follows = name in FOLLOWING_PRESETS and can_follow
+        return {"follow_links": follows, **asdict(PRESETS[name]), **named}
+
+    @model_validator(mode="after")
+    def _can_follow(self) -> Self:
+        if self.follow_links and self.keeps_deltas:
+            raise ValueError("aq/ does not go with codecs.follow_links; leave one of them out")
+        return self

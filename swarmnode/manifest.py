@@ -155,6 +155,29 @@ class JobBase(Section):
     def num_steps(self) -> int:
         return self.run.steps if self.kind == "train" else 0
 
+    @property
+    def follows_links(self) -> bool:
+        """Whether the codecs of a boundary depend on the link that it crosses."""
+        return self.codecs.follow_links and self.kind == "train"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _same_bits(cls, raw: Any) -> Any:
+        """A preset follows links by itself, but not where who computes must not change a bit."""
+        if not isinstance(raw, dict):
+            return raw
+        run, codecs = raw.get("run"), raw.get("codecs")
+        if not isinstance(run, dict) or not isinstance(codecs, dict) or "preset" not in codecs:
+            return raw
+        is_strict = run.get("deterministic") is True
+        return {**raw, "codecs": {"follow_links": False, **codecs}} if is_strict else raw
+
+    @model_validator(mode="after")
+    def _agrees_on_links(self) -> Self:
+        if self.run.deterministic and self.codecs.follow_links:
+            raise ValueError("run.deterministic does not go with codecs.follow_links; choose one")
+        return self
+
 
 def _check_grid(batch: BatchConfig, slots: int | None) -> None:
     if slots is not None and batch.num_microbatches % slots:

@@ -16,6 +16,7 @@ from swarmnode.domain import Advert, JobId
 from swarmnode.errors import BusyError, DataError, NotFoundError, SwarmError
 from swarmnode.http.api import (
     CheckpointView,
+    CoarserLink,
     JobView,
     ModelView,
     NodeView,
@@ -284,5 +285,10 @@ def job_view(ledger: Ledger, *, with_losses: bool = True) -> JobView:
         losses=losses if with_losses else (),
         codecs=manifest.codecs.by_role,
         codings=progress.codings,
-        val_codec=manifest.codecs.evaluation if progress.validation else None,
+        val_codec=(progress.val_codec or manifest.codecs.evaluation)
+        if progress.validation
+        else None,
+        coarser_links=tuple(CoarserLink(*link) for link in plan.links)
+        if plan and is_placed
+        else (),
     )

@@ -1,6 +1,6 @@
 """How nodes, peers and jobs look in a terminal. Pure: views in, renderables or text out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from datetime import UTC, datetime
 
 from rich.console import Group, RenderableType
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmnode.codings import Coding
-from swarmnode.http.api import CheckpointView, JobView, NodeView, PeerView
+from swarmnode.http.api import CheckpointView, CoarserLink, JobView, NodeView, PeerView
 
 SHORT_ID = 6
 """Peer ids begin alike, so the last characters name them for people."""
@@ -54,6 +54,15 @@ def boundaries(codecs: Mapping[str, str]) -> str:
     """The codecs between stages: forward and backward."""
     found = [codecs[role] for role in ("activation", "activation_gradient") if role in codecs]
     return printable(" and ".join(found)) or "-"
+
+
+def link_lines(links: Iterable[CoarserLink]) -> str:
+    """A line for each link that is coded more coarsely than the job asks for."""
+    return "\n".join(
+        f"{short(link.source)} to {short(link.target)}: {link.preset}, "
+        f"{printable(link.activation)} and {printable(link.activation_gradient)}"
+        for link in links
+    )
 
 
 def coding_lines(codings: Iterable[Coding]) -> str:
@@ -134,7 +143,7 @@ def checkpoints_table(views: Iterable[CheckpointView]) -> RenderableType:
             str(view.generation),
             figure(view.loss),
             amount(view.num_bytes, "B"),
-            boundaries(view.codecs),
+            boundaries(view.codecs) + _coarser(view.coarser_links),
             view.weights_sha256,
         )
     return table
@@ -156,6 +165,8 @@ def job_line(view: JobView) -> str:
     parts.append(f"generation {view.generation}")
     if view.recoveries:
         parts.append(f"recoveries {view.recoveries}")
+    if view.coarser_links:
+        parts.append(_coarser(view.coarser_links).removeprefix(", "))
     if view.reason:
         parts.append(view.reason)
     return "  ".join(parts)
@@ -179,6 +190,7 @@ def job_panel(view: JobView) -> RenderableType:
         "speed": f"{figure(view.tokens_per_s, '.0f')} tokens/s",
         "sent": traffic(view.bytes_by_kind),
         "codecs": coding_lines(view.codings),
+        "coarser links": link_lines(view.coarser_links) or "-",
         "placement": placement(view),
         "generation": str(view.generation),
         "recoveries": recoveries,
@@ -194,6 +206,10 @@ def placement(view: JobView) -> str:
         for (start, stop), peers in zip(view.layers, view.placement, strict=False)
     )
     return "\n".join(rows) or "-"
+
+
+def _coarser(links: Sized) -> str:
+    return f", {len(links)} link{'s' if len(links) > 1 else ''} coarser" if len(links) else ""
 
 
 def _table(*columns: str) -> Table:

@@ -168,6 +168,7 @@ class CheckpointDesk:
             random=RandomState(seed=manifest.run.seed),
             optimizer=OptimizerState(step=step),
             loss=finite(losses[number]) if 0 <= number < len(losses) else None,
+            coarser_links=job.ledger.plan.links if job.ledger.plan else (),
             weights_sha256=hash_weights(atoms, read),
             software=dict(_software()),
             created_at_s=round(time.time(), 3),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
-from swarmnode.domain import Advert, BlobRef, Generation, ModelFacts, PeerId, Plan
+from swarmnode.domain import Advert, BlobRef, Generation, LinkPreset, ModelFacts, PeerId, Plan
 from swarmnode.messages import (
     Committed,
     LinkReport,
@@ -127,6 +127,8 @@ class HistoryRecord:
     losses: tuple[float, ...]
     """Of each committed step, from `first_step` on."""
     validation: tuple[tuple[int, float], ...]
+    codec: str = ""
+    """Of the newest evaluation, as in its own record."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,15 @@ class StartedRecord:
     voters: tuple[PeerId, ...]
     voters_before: tuple[PeerId, ...]
     addresses: dict[PeerId, tuple[str, ...]]
+    links: tuple[LinkPreset, ...] = ()
+    """Absent where an older version wrote it."""
 
     @staticmethod
     def of(plan: Plan, step: int) -> "StartedRecord":
         return StartedRecord(
             plan.generation, step, plan.coordinator,
             plan.layers, plan.slots, plan.shadows, plan.voters, plan.voters_before,
-            dict(plan.addresses),
+            dict(plan.addresses), plan.links,
         )  # fmt: skip
 
     def plan(self) -> Plan:
@@ -162,6 +166,7 @@ class StartedRecord:
             voters=self.voters,
             voters_before=self.voters_before,
             addresses=self.addresses,
+            links=self.links,
         )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import Literal
 
 from swarmnode.coordinator import events as on
@@ -13,7 +14,7 @@ from swarmnode.coordinator.job_state import JobState
 from swarmnode.coordinator.preparing import Preparing
 from swarmnode.coordinator.publications import Publications
 from swarmnode.coordinator.shadows import choose_shadows
-from swarmnode.coordinator.solver.decision import Decision
+from swarmnode.coordinator.solver.decision import Decision, decision_of
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.votes import StateHashes, Votes
 from swarmnode.domain import Advert, Generation, ModelFacts, PeerId, Plan
@@ -79,6 +80,7 @@ class Generations(JobState):
             self._gone.add(peer)
             self.pool.bar(peer, now_s)
             self.outlook.measured.forget(peer)
+            self.link_codecs.forget(peer)
         if is_news and self.is_worker(peer):
             self.progress.lost(peer, now_s)
             self.reason = f"lost {peer}: {reason}"
@@ -180,9 +182,7 @@ class Generations(JobState):
         if not plan.is_thin:
             return []
         self._thin_until_s = now_s + patience.SECOND_HOLDER_S
-        decision = Decision(
-            plan.layers, plan.slots, plan.predicted_step_s, plan.bound_s, plan.reasons, ()
-        )
+        decision = decision_of(plan)
         shadows = self._shadows_of(decision, plan, now_s)
         if not any(set(dark) - set(plan.holders(s)) for s, dark in enumerate(shadows)):
             return []
@@ -194,7 +194,7 @@ class Generations(JobState):
         preparing = self._preparing
         if preparing is not None and not preparing.is_ready:
             return preparing.is_overdue(now_s)
-        return self.replanning.chosen is not None or self._somebody_leaves
+        return self.replanning.chosen is not None or self._somebody_leaves or self.recodes_links()
 
     # ---- a new generation ------------------------------------------------------------------
 
@@ -320,6 +320,7 @@ class Generations(JobState):
         plan = forming.plan_of(self.head, self.pool) if forming is not None else None
         if forming is None or plan is None:
             return []
+        plan = replace(plan, links=self.link_codecs.links_of(plan))
         kept = {*plan.workers(), *plan.voters}
         if self._preparing is not None:
             self._leftover |= self._preparing.newcomers.keys()

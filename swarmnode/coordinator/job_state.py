@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
+from swarmnode.boundary_codecs import evaluation_codec, levels_of
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.forming import Head
+from swarmnode.coordinator.link_codecs import LinkCodecs
 from swarmnode.coordinator.outlook import Outlook
 from swarmnode.coordinator.pool import Pool
 from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.recovery import CommitLog, origin, snapshot_every
 from swarmnode.coordinator.replanning import Replanning
+from swarmnode.coordinator.solver.decision import decision_of
 from swarmnode.coordinator.votes import mean_loss
 from swarmnode.domain import Generation, ModelFacts, PeerId, Plan, SlotId
 from swarmnode.manifest import Manifest
@@ -41,6 +44,8 @@ class JobState:
         self.progress = Progress(manifest, now_s)
         self.outlook = Outlook(facts, manifest, me)
         self.replanning = Replanning(now_s)
+        levels = levels_of(manifest.codecs)
+        self.link_codecs = LinkCodecs(levels if manifest.follows_links else levels[:1])
         self.successor: PeerId | None = None
         """Who coordinates the job instead, once a majority follows somebody else."""
         self._snapshot_every = snapshot_every(manifest)
@@ -84,14 +89,31 @@ class JobState:
         self.progress.committed(record.step, record.loss, now_s)
         self.pool.forgive(self.plan.workers())
         self.outlook.step_done(self.plan)
+        self._look_at_links(self.plan, now_s)
         self.reason = ""
+
+    def _look_at_links(self, plan: Plan, now_s: float) -> None:
+        """Whether some link stalls the pipeline, or could be coded more finely again."""
+        computing_s = self.outlook.computing_s(plan) if self.link_codecs.can_change else None
+        if computing_s is not None:
+            loads = self.outlook.line_loads(plan, self.link_codecs)
+            steps_left = self.manifest.num_steps - self.step
+            self.link_codecs.see(plan.generation, loads, computing_s, steps_left, now_s)
+
+    def recodes_links(self) -> bool:
+        """Whether a link is to be coded otherwise: then by the same machines, where they are."""
+        is_due = self.plan is not None and self.link_codecs.is_due(self.plan)
+        if self.plan is not None and is_due:
+            self.replanning.chosen = decision_of(self.plan)
+        return is_due
 
     def record_evaluation(self, said: Mapping[SlotId, Evaluated]) -> on.EvaluationRecord:
         """The slots of the last stage have evaluated the state at hand."""
         loss = mean_loss([loss for at in sorted(said) for loss in said[at].losses])
         self.outlook.measured.disturbed()
-        self.progress.evaluated(self.step, loss)
-        return on.EvaluationRecord(self.step, loss, self.manifest.codecs.evaluation)
+        codec = evaluation_codec(self.manifest.codecs, self.plan)
+        self.progress.evaluated(self.step, loss, codec)
+        return on.EvaluationRecord(self.step, loss, codec)
 
     def record_traffic(self, peer: PeerId, traffic: Traffic) -> None:
         """What a worker has sent, computed and measured."""
@@ -124,13 +146,15 @@ class JobState:
         """Take up where a journal ends."""
         for record in records:
             match record:
-                case on.HistoryRecord(_, first_step, losses, validation):
+                case on.HistoryRecord(_, first_step, losses, validation, codec):
                     self.step = first_step + len(losses)
                     self.progress.losses = list(losses)
                     self.progress.validation = list(validation)
+                    self.progress.val_codec = codec
                 case on.StartedRecord(step=step) as started:
                     self.plan, self.generation = started.plan(), started.generation
                     self.is_begun = False
+                    self.link_codecs.restore(started.links)
                     self.step = step
                     self.commits.rewind(step)
                     self.progress.rewind(step)
@@ -142,8 +166,8 @@ class JobState:
                     self.progress.committed(commit.step, commit.loss, None)
                 case on.CheckpointRecord() as checkpoint:
                     self.checkpoint = checkpoint
-                case on.EvaluationRecord(step=step, loss=loss):
-                    self.progress.evaluated(step, loss)
+                case on.EvaluationRecord(step, loss, codec):
+                    self.progress.evaluated(step, loss, codec)
                 case on.EndRecord(phase, reason):
                     self.phase, self.reason = phase, reason
         if records and not self.is_over:

@@ -139,11 +139,12 @@ def fold(records: Sequence[Record]) -> list[Record]:
     first_step = 0
     losses: list[float] = []
     validation: dict[int, float] = {}
+    codec = ""
     plan: list[Record] = []
     checkpoints: list[Record] = []
     for record in records[1:kept_from]:
         match record:
-            case HistoryRecord(_, first_step, known, seen):
+            case HistoryRecord(_, first_step, known, seen, codec):
                 losses, validation = list(known), dict(seen)
             case BegunRecord():
                 plan = [*plan[:1], record]
@@ -154,14 +155,14 @@ def fold(records: Sequence[Record]) -> list[Record]:
             case CommitRecord(step=step, loss=loss):
                 del losses[step - first_step :]
                 losses.append(loss)
-            case EvaluationRecord(step=step, loss=loss):
+            case EvaluationRecord(step, loss, codec):
                 validation[step] = loss
             case CheckpointRecord():
                 checkpoints.append(record)
     valid = {step: loss for step, loss in validation.items() if step <= first_step + len(losses)}
     carried = [*plan, *checkpoints[-NUM_KEPT_CHECKPOINTS:]]
     num_lines = sum(_count(r) for r in records[1:kept_from]) - len(carried)
-    told = HistoryRecord(num_lines, first_step, tuple(losses), tuple(sorted(valid.items())))
+    told = HistoryRecord(num_lines, first_step, tuple(losses), tuple(sorted(valid.items())), codec)
     return [records[0], *carried, told, *records[kept_from:]]
 
 

@@ -43,6 +43,11 @@ class Measurements:
     def links(self) -> tuple[MeasuredLink, ...]:
         return tuple(link for _, link in sorted(self._links.items()))
 
+    def rate(self, source: PeerId, target: PeerId) -> float | None:
+        """Bytes per second from one to the other; None where nobody has sent enough to tell."""
+        link = self._links.get((source, target))
+        return None if link is None else link.bytes_per_s
+
     def busy(self, peer: PeerId, seconds: float) -> None:
         """`peer` has computed for so long since it last said so."""
         self._busy_s[peer] = self._busy_s.get(peer, 0.0) + seconds

@@ -20,6 +20,8 @@ class Progress:
         self.losses: list[float] = []
         """Of each committed step; NaN where nobody is left who knows it."""
         self.validation: list[tuple[int, float]] = []
+        self.val_codec = ""
+        """Of hidden states in the newest evaluation; empty where nobody knows."""
         self.started_s = now_s
         self.step_s: float | None = None
         self.killed: list[PeerId] = []
@@ -55,7 +57,9 @@ class Progress:
         del self.losses[step - self._start_step :]
         self.validation = [at for at in self.validation if at[0] <= step]
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float, codec: str) -> None:
+        """`codec` is that of hidden states meanwhile; empty if nobody knows."""
+        self.val_codec = codec
         self.validation = [at for at in self.validation if at[0] < step]
         self.validation.append((step, loss))
 

@@ -57,6 +57,17 @@ class NodeView:
 
 
 @dataclass(frozen=True)
+class CoarserLink:
+    """A directed link whose boundary frames are coded more coarsely than the job asks for."""
+
+    source: PeerId
+    target: PeerId
+    preset: str
+    activation: str
+    activation_gradient: str
+
+
+@dataclass(frozen=True)
 class JobView:
     """A job that this node coordinates."""
 
@@ -108,6 +119,8 @@ class JobView:
     """What the boundaries were coded with in the last evaluation."""
     codings: tuple[Coding, ...] = ()
     """What coding came to so far, by kind and codec, of all workers."""
+    coarser_links: tuple[CoarserLink, ...] = ()
+    """Links that carry boundary frames with other codecs than `codecs`, in this generation."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,8 @@ class CheckpointView:
     """Who signed it."""
     codecs: Mapping[str, str] = field(default_factory=dict)
     """What it was trained with: of activation, activation_gradient and gradient."""
+    coarser_links: tuple[CoarserLink, ...] = ()
+    """Links that had other codecs at their boundaries when it was recorded."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from swarmnode.errors import SwarmError
-from swarmnode.http.api import CheckpointView, Work
+from swarmnode.http.api import CheckpointView, CoarserLink, Work
 from swarmnode.p2p.checkpoints import Checkpoint
 
 TELL_S = 0.25
@@ -56,4 +56,5 @@ def checkpoint_view(checkpoint: Checkpoint) -> CheckpointView:
         parent=manifest.parent,
         coordinator=manifest.coordinator,
         codecs=manifest.codecs,
+        coarser_links=tuple(CoarserLink(*link) for link in manifest.coarser_links),
     )

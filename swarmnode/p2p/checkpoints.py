@@ -11,9 +11,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from swarmnode.domain import BlobRef, JobId
+from swarmnode.domain import BlobRef, JobId, LinkPreset
 from swarmnode.errors import DataError, ProtocolError
 from swarmnode.manifest import Section
 from swarmnode.p2p import identity
@@ -26,6 +34,7 @@ from swarmnode.p2p.states import (
 )
 
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_LINKS = 1 << 16
 _SIGNED_PREFIX = b"swarmnode checkpoint 1\n"
 _SIGNATURE_BYTES = 64
 
@@ -77,6 +86,8 @@ class CheckpointManifest(Section):
     optimizer: OptimizerState
     loss: float | None
     """Mean training loss of the last step in the state, nats per token."""
+    coarser_links: tuple[LinkPreset, ...] = Field(default=(), max_length=MAX_LINKS)
+    """Links that carried boundary frames with other codecs than the job's when it was recorded."""
     weights_sha256: Sha256
     """See `hash_weights`."""
     software: dict[Label, Label] = Field(max_length=16)
@@ -96,6 +107,14 @@ class CheckpointManifest(Section):
     @field_serializer("atoms")
     def _to_rows(self, atoms: tuple[IndexedTensor, ...]) -> list[Any]:
         return rows_of(atoms)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that older versions do not know is there only where it says something."""
+        found: dict[str, Any] = serialize(self)
+        if not self.coarser_links:
+            found.pop("coarser_links", None)
+        return found
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -177,9 +177,36 @@ def test_a_preset_names_the_codecs_that_are_not_named(name: str) -> None:
         activation=preset.activation,
         activation_gradient=preset.activation_gradient,
         gradient="int4/32+ef",
+        follow_links=name in ("lan", "home"),
     )
     assert job == plain, "the same job has the same id, however its codecs were named"
     assert "preset" not in job.model_dump(mode="json")
+
+
+def test_a_job_follows_its_links_where_a_preset_names_its_codecs_and_it_may() -> None:
+    raw = {"name": "j", "model": {"config": "c"}, "data": {"path": "d"}}
+    strict = {"run": {"deterministic": True}, "placement": {"slots": 1, "layers": [1, 1]}}
+
+    def follows(codecs: dict[str, object], **more: object) -> bool:
+        job = check(JobFile, {**raw, "codecs": codecs, **more}, "job.toml")
+        return job.codecs.follow_links
+
+    assert follows({"preset": "home"})
+    assert follows({"activation": "int8", "follow_links": True})
+    assert not follows({"preset": "home", "follow_links": False})
+    assert not follows({"preset": "fidelity"})
+    assert not follows({"activation": "int8"})
+    assert not follows({"preset": "home", "activation": "aq/int4/32"})
+    assert not follows({"preset": "home"}, **strict)
+    with pytest.raises(ManifestError, match=r"aq/ does not go with codecs.follow_links"):
+        follows({"activation": "aq/int4/32", "follow_links": True})
+    with pytest.raises(ManifestError, match=r"run.deterministic does not go with codecs.follow"):
+        follows({"preset": "home", "follow_links": True}, **strict)
+
+
+def test_a_job_that_follows_no_links_keeps_its_id() -> None:
+    assert "follow_links" not in CodecConfig().model_dump(mode="json")
+    assert CodecConfig(follow_links=True).model_dump(mode="json")["follow_links"] is True
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are() -> None:

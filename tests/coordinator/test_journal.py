@@ -35,7 +35,7 @@ from swarmnode.coordinator.journal import (
     read_journal,
 )
 from swarmnode.coordinator.standby import StandbyJournals
-from swarmnode.domain import BlobRef, Generation, JobId, PeerId
+from swarmnode.domain import BlobRef, Generation, JobId, LinkPreset, PeerId
 from swarmnode.messages import (
     MAX_ENTRY_BYTES,
 )
@@ -59,6 +59,10 @@ records = st.one_of(
         st.lists(peers, max_size=3).map(tuple),
         st.lists(peers, max_size=3).map(tuple),
         st.dictionaries(peers, st.tuples(st.text(max_size=9)), max_size=2),
+        st.lists(
+            st.builds(LinkPreset, peers, peers, st.text(), st.text(), st.text()),
+            max_size=2,
+        ).map(tuple),
     ),
     st.builds(CommitRecord, generations, counts, numbers, numbers, st.tuples(blobs)),
     st.builds(CheckpointRecord, counts, st.lists(blobs, max_size=2).map(tuple)),
@@ -76,6 +80,7 @@ SOME: list[Record] = [
         (PeerId("a"), PeerId("b")),
         (PeerId("a"),),
         {PeerId("a"): ("/ip4/127.0.0.1/tcp/1",)},
+        (LinkPreset(PeerId("a"), PeerId("b"), "slow", "int4/32", "int4/32+hadamard"),),
     ),
     CommitRecord(Generation(1), 0, 0.5, 5.25, (BlobRef("ab" * 32, 9), BlobRef("cd" * 32, 8))),
     CheckpointRecord(1, (BlobRef("0" * 64, 7),)),
@@ -219,6 +224,19 @@ def test_each_line_is_a_checksum_and_json(path: Path) -> None:
         assert json.loads(text)["t"].endswith("Record")
 
 
+def test_a_started_generation_is_read_by_versions_that_knew_no_links() -> None:
+    started = SOME[0]
+    assert isinstance(started, StartedRecord)
+    _, _, text = _line(started).partition(b" ")
+    body = json.loads(text)
+    assert body["links"] == [["a", "b", "slow", "int4/32", "int4/32+hadamard"]]
+    del body["links"]
+    older = json.dumps(body).encode()
+    found = parse_line(b"%08x " % zlib.crc32(older) + older + b"\n")
+    assert found == replace(started, links=())
+    assert started.plan().links == started.links
+
+
 def test_an_evaluation_is_read_by_versions_that_knew_no_codec_and_by_those_that_know_more() -> None:
     def line(**fields: object) -> bytes:
         text = json.dumps({"t": "EvaluationRecord", **fields}).encode()
@@ -330,7 +348,10 @@ def test_a_long_journal_is_folded_and_says_the_same(path: Path, tmp_path: Path) 
         for step in range(num_steps)
     ]
     written: list[Record] = [first, started, *commits]
-    written[3000:3000] = [EvaluationRecord(2998, 4.5), CheckpointRecord(2998, (updates[0],))]
+    written[3000:3000] = [
+        EvaluationRecord(2998, 4.5, "int8, int4/32 on 1 of 1 links"),
+        CheckpointRecord(2998, (updates[0],)),
+    ]
     last = CheckpointRecord(num_steps, (updates[0],))
     path.write_bytes(b"".join(_line(record) for record in written))
     journal = Journal(path)
@@ -346,6 +367,7 @@ def test_a_long_journal_is_folded_and_says_the_same(path: Path, tmp_path: Path) 
     whole, folded = states(written), states(again.found)
     assert folded.progress.losses == whole.progress.losses
     assert folded.progress.validation == whole.progress.validation
+    assert folded.progress.val_codec == whole.progress.val_codec == "int8, int4/32 on 1 of 1 links"
     assert (folded.step, folded.plan, folded.generation) == (whole.step, whole.plan, 1)
     assert folded.commits.since(num_steps - 900, num_steps) is not None
     assert folded.commits.since(num_steps - 900, num_steps) == whole.commits.since(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from swarmnode.domain import BlobRef, Generation, PeerId, Plan
+from swarmnode.domain import BlobRef, Generation, LinkPreset, PeerId, Plan
 from swarmnode.engine_messages import Base, Configure, Configured, EngineMessage
 from swarmnode.manifest import (
     BatchConfig,
@@ -169,6 +169,7 @@ class Swarm:
     echo: bool = False
     """Whether every frame arrives twice."""
     shadows: Sequence[Sequence[str]] = ()
+    links: tuple[LinkPreset, ...] = ()
     home: Path = Path()
     """Where each peer has a folder for its files."""
 
@@ -184,6 +185,7 @@ class Swarm:
         return Plan(
             Generation(self.generation), self.layers, rows, PeerId("coordinator"),
             shadows=tuple(tuple(PeerId(name) for name in row) for row in self.shadows),
+            links=self.links,
         )  # fmt: skip
 
     def configure(self, step: int = 0, how: str = "init", paths: Sequence[str] = ()) -> None:

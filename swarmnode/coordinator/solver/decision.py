@@ -46,3 +46,10 @@ class Decision:
             voters=voters,
             voters_before=voters_before,
         )
+
+
+def decision_of(plan: Plan) -> Decision:
+    """Everybody stays where `plan` has put them."""
+    return Decision(
+        plan.layers, plan.slots, plan.predicted_step_s, plan.bound_s, plan.reasons, moved=()
+    )

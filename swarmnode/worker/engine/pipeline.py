@@ -14,8 +14,9 @@ from swarmnode.domain import SlotId
 from swarmnode.messages import (
     Frame,
 )
+from swarmnode.worker.engine.boundaries import BoundaryRole
 from swarmnode.worker.engine.ports import Post
-from swarmnode.worker.engine.setup import BoundaryRole, Setup
+from swarmnode.worker.engine.setup import Setup
 from swarmnode.worker.training.expected import Boundary
 from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of
@@ -162,7 +163,9 @@ class Pipeline:
             return setup.meter.decode(
                 kind, name, lambda: deltas.decode(target, payload, setup.device)
             )
-        codec, shape = self._codec(kind), setup.expected.hidden_shape
+        step_back = -1 if kind == "activation" else 1
+        source = SlotId(target.stage + step_back, target.slot)
+        codec, shape = self._codec(kind, source, target), setup.expected.hidden_shape
         return setup.meter.decode(
             kind, codec.spec, lambda: codec.decode(payload, shape, device=setup.device)
         )
@@ -184,16 +187,16 @@ class Pipeline:
                 lambda _: deltas.error(source, step, microbatch, values),
             )  # fmt: skip
         else:
-            codec = self._codec(kind)
+            codec = self._codec(kind, source, target)
             payload = setup.meter.encode(
                 kind, codec.spec, values, lambda: codec.encode(values),
                 lambda coded: values - codec.decode(coded, values.shape, device=values.device),
             )  # fmt: skip
         self._post(frame, payload)
 
-    def _codec(self, kind: Boundary) -> Codec:
+    def _codec(self, kind: Boundary, source: SlotId, target: SlotId) -> Codec:
         role: BoundaryRole = "held_out" if self._evaluate else kind
-        return self._setup.codecs[role].at(self._step)
+        return self._setup.boundaries.codec(role, source, target).at(self._step)
 
     def _travels_as_change(self, kind: Boundary) -> bool:
         """Held out samples have no history; nor have gradients."""

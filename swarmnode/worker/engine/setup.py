@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.utils import deterministic
 
 from swarmnode.codec_specs import SMALL_ELEMENTS, CodecSpec, for_size, parse_spec
-from swarmnode.compression.codec import Codec, codec_of, get_codec
 from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.engine_messages import Configure
 from swarmnode.errors import DataError
@@ -23,18 +21,17 @@ from swarmnode.messages import (
     FrameKind,
 )
 from swarmnode.worker.engine.batches import Batches, sample_map
+from swarmnode.worker.engine.boundaries import Boundaries
 from swarmnode.worker.engine.ports import Log
 from swarmnode.worker.files import stage_directory
 from swarmnode.worker.training.deltas import Deltas, DeltaSizes
-from swarmnode.worker.training.expected import Boundary, ExpectedFrames, Role
+from swarmnode.worker.training.expected import ExpectedFrames, Role
 from swarmnode.worker.training.groups import Group, Parameter, StageGroups, stage_groups
 from swarmnode.worker.training.meter import CodingMeter
 from swarmnode.worker.training.reduce import FlatGradient, ShardCodecs
 from swarmnode.worker.training.residuals import Residuals
 from swarmnode.worker.training.samples import SampleMap
 from swarmnode.worker.training.state import StageState
-
-BoundaryRole = Literal[Boundary, "held_out"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ class Setup:
     stages: dict[int, StageState]
     """The state of every stage that is held."""
     stage_groups: dict[int, StageGroups]
-    codecs: dict[BoundaryRole, Codec]
-    """Of what crosses from stage to stage; of the change where there are `deltas`."""
+    boundaries: Boundaries
+    """The codecs of what crosses from stage to stage."""
     gradient: CodecSpec
     """Of what is summed among the slots of a stage."""
     residuals: Residuals
@@ -131,11 +128,7 @@ def make_setup(
     plan, peer, trains = configure.plan, configure.peer, manifest.kind == "train"
     hosted, held = plan.hosted_by(peer), plan.held_by(peer)
     activation = parse_spec(manifest.codecs.activation)
-    codecs: dict[BoundaryRole, Codec] = {
-        "activation": codec_of(activation),
-        "activation_gradient": get_codec(manifest.codecs.activation_gradient),
-        "held_out": codec_of(activation.cold),
-    }
+    boundaries = Boundaries(manifest.codecs, plan)
     gradient = parse_spec(manifest.codecs.gradient)
     by_stage = {s: groups_of(state, s, plan, gradient) for s, state in stages.items() if trains}
     groups: dict[int, Group] = {g.index: g for found in by_stage.values() for g, _ in found.groups}
@@ -158,7 +151,7 @@ def make_setup(
             batches.num_evaluation_microbatches if batches else manifest.run.evaluate_microbatches
         ),
         groups=groups,
-        fits=_sizes_rule(codecs, ShardCodecs(gradient), sizes),
+        fits=_sizes_rule(boundaries, ShardCodecs(gradient), sizes),
     )
     deltas = None
     if sizes is not None and trains and plan.num_stages > 1:
@@ -181,24 +174,25 @@ def make_setup(
     logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     return Setup(
         configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
-        codecs, gradient, residuals, deltas, meter, batches, expected, accumulators, reduced, logs,
+        boundaries, gradient, residuals, deltas, meter, batches, expected, accumulators, reduced,
+        logs,
     )  # fmt: skip
 
 
 def _sizes_rule(
-    codecs: Mapping[BoundaryRole, Codec], shards: ShardCodecs, sizes: DeltaSizes | None
-) -> Callable[[Role, Sequence[int], int], bool]:
+    boundaries: Boundaries, shards: ShardCodecs, sizes: DeltaSizes | None
+) -> Callable[[Role, Frame, int], bool]:
     """Which tensors can have how many bytes."""
 
-    def fits(role: Role, shape: Sequence[int], num_bytes: int) -> bool:
+    def fits(role: Role, frame: Frame, num_bytes: int) -> bool:
         if role == "activation" and sizes is not None:
             return sizes.fits(num_bytes)
         if role == "gradient" or role == "small_gradient":
             is_small = role == "small_gradient"
-            codec = shards.for_values(math.prod(shape), is_small=is_small)
+            codec = shards.for_values(math.prod(frame.shape), is_small=is_small)
         else:
-            codec = codecs[role]
-        return num_bytes == codec.wire_bytes(shape)
+            codec = boundaries.codec(role, frame.source, frame.target)
+        return num_bytes == codec.wire_bytes(frame.shape)
 
     return fits
 

@@ -1,6 +1,6 @@
 """Which frames a peer may expect in one generation: everything else is refused, with a reason."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -48,8 +48,8 @@ class ExpectedFrames:
     groups: Mapping[int, Group]
     """The reduction groups of the stages that the peer holds, by index; empty where nothing
     trains."""
-    fits: Callable[[Role, Sequence[int], int], bool]
-    """Whether a tensor of a role and a shape can have so many bytes."""
+    fits: Callable[[Role, Frame, int], bool]
+    """Whether a frame of a role, with the shape that it must have, can have so many bytes."""
 
     def refusal(self, frame: Frame, num_payload_bytes: int) -> Refusal | None:
         """Why the frame cannot be one of this generation, or None if it can."""
@@ -67,7 +67,7 @@ class ExpectedFrames:
             return wrong
         if frame.shape != shape:
             return "shape"
-        return None if self.fits(role, shape, num_payload_bytes) else "length"
+        return None if self.fits(role, frame, num_payload_bytes) else "length"
 
     def _is_hosted(self, slot: SlotId) -> bool:
         return slot in self.plan and self.plan.host(slot) == self.peer

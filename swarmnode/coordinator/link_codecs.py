@@ -1,0 +1,155 @@
+"""Which links carry their boundary frames more coarsely than the job asks for, and since when.
+
+A link that would stall the pipeline goes to the next coarser preset, and back when the finer one
+would clearly fit. Both must have been so for a while, and going back takes longer, twice as long
+each time that it turned out to be wrong: a line whose speed swings stays at the coarser level.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from swarmnode.boundary_codecs import Level, Link, boundary_links
+from swarmnode.coordinator.transition import MARGIN, RESTART_S
+from swarmnode.domain import Generation, LinkPreset, PeerId, Plan
+
+COARSER_ABOVE = 1.1
+"""A sender's line that is busy for longer than this, in times of the computing, stalls it."""
+FINER_BELOW = 0.7
+"""The finer codecs must fit into this share of the computing: far enough below to stay there."""
+LEAST_SAVING = 0.1
+"""Share of the computing that coarser codecs must save on the line: else it is another link."""
+COARSER_AFTER_S = 15.0
+FINER_AFTER_S = 60.0
+LEAST_STEPS = 3
+"""Committed steps, too, for which a link must have been so."""
+MOST_DOUBLINGS = 6
+
+
+class LineLoad(NamedTuple):
+    """What a step puts on the line of a link's sender, by the measured rates."""
+
+    busy_s: tuple[float, ...]
+    """Seconds for all its boundary frames, if this link was at each of the job's levels."""
+
+
+@dataclass(frozen=True)
+class _Urge:
+    """A link would be better off at another level, and since when."""
+
+    step: Literal[-1, 1]
+    since_s: float
+    num_steps: int
+
+
+class LinkCodecs:
+    """The level of each link of one job. Pure: told after each commit what lines have to carry.
+
+    What is decided here counts once a generation is formed with it: see `links_of`.
+    """
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        """`levels` are the job's, its own codecs first; with only these nothing ever changes."""
+        self._levels = tuple(levels)
+        self._at: dict[Link, int] = {}
+        """Of the links that are not at the lowest."""
+        self._urges: dict[Link, _Urge] = {}
+        self._num_returns: dict[Link, int] = {}
+        """How often a link went back to a finer level."""
+        self._generation = Generation(0)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return self._levels
+
+    @property
+    def can_change(self) -> bool:
+        return len(self._levels) > 1
+
+    def level(self, link: Link) -> int:
+        """From 0, the job's own codecs, to the coarsest."""
+        return self._at.get(link, 0)
+
+    def restore(self, links: Iterable[LinkPreset]) -> None:
+        """A plan of the journal has these."""
+        names = [level.preset for level in self._levels]
+        found = {(link.source, link.target): link.preset for link in links}
+        self._at = {link: names.index(name) for link, name in found.items() if name in names}
+
+    def see(
+        self,
+        generation: Generation,
+        loads: Mapping[Link, LineLoad],
+        computing_s: float,
+        steps_left: int,
+        now_s: float,
+    ) -> None:
+        """A step is committed: what the links of the plan have to carry, where it is known.
+
+        `computing_s` is what the slowest machine computes in a step. A new generation begins
+        without what was seen in the one before.
+        """
+        if generation != self._generation:
+            self._generation = generation
+            self._urges.clear()
+        before, self._urges = self._urges, {}
+        for link, load in sorted(loads.items()):
+            step = self._wish(self.level(link), load.busy_s, computing_s, steps_left)
+            if step is None:
+                continue
+            urge = before.get(link)
+            if urge is None or urge.step != step:
+                urge = _Urge(step, now_s, 0)
+            urge = _Urge(step, urge.since_s, urge.num_steps + 1)
+            self._urges[link] = urge
+            long_enough = now_s - urge.since_s >= self._patience_s(link, step)
+            if long_enough and urge.num_steps >= LEAST_STEPS:
+                del self._urges[link]
+                self._change(link, step)
+
+    def forget(self, peer: PeerId) -> None:
+        """The peer is gone; when it comes back it may be on another line."""
+        for table in (self._at, self._urges, self._num_returns):
+            for link in [link for link in table if peer in link]:
+                del table[link]
+
+    def links_of(self, plan: Plan) -> tuple[LinkPreset, ...]:
+        """What a plan with these hosts says of its links."""
+        found = []
+        for link in sorted(boundary_links(plan)):
+            name, codecs = self._levels[self.level(link)]
+            if name:
+                found.append(LinkPreset(*link, name, *codecs))
+        return tuple(found)
+
+    def is_due(self, plan: Plan) -> bool:
+        """Whether the links of the running plan should be coded otherwise."""
+        return self.links_of(plan) != plan.links
+
+    def _wish(
+        self, level: int, busy_s: Sequence[float], computing_s: float, steps_left: int
+    ) -> Literal[-1, 1] | None:
+        """One level up or down, or neither, by what was seen in this step alone."""
+        if level + 1 < len(self._levels) and busy_s[level] > COARSER_ABOVE * computing_s:
+            saved_s = busy_s[level] - busy_s[level + 1]
+            gained_s = busy_s[level] - max(busy_s[level + 1], computing_s)
+            pays = gained_s * steps_left > MARGIN * RESTART_S
+            return 1 if pays and saved_s >= LEAST_SAVING * computing_s else None
+        if level > 0 and busy_s[level - 1] < FINER_BELOW * computing_s:
+            lasts = computing_s * steps_left > MARGIN * RESTART_S
+            return -1 if lasts else None
+        return None
+
+    def _patience_s(self, link: Link, step: Literal[-1, 1]) -> float:
+        if step > 0:
+            return COARSER_AFTER_S
+        return FINER_AFTER_S * 2.0 ** min(self._num_returns.get(link, 0), MOST_DOUBLINGS)
+
+    def _change(self, link: Link, step: Literal[-1, 1]) -> None:
+        level = self.level(link) + step
+        if step < 0:
+            self._num_returns[link] = self._num_returns.get(link, 0) + 1
+        if level:
+            self._at[link] = level
+        else:
+            del self._at[link]
