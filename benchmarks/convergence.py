@@ -36,12 +36,14 @@ from _pilot import Method, Result, Windows, train
 from _synced_run import Plan
 
 from swarmnode.cli.demo_data import write_stdlib_sources
+from swarmnode.codec_specs import PRESETS
 
 METHODS = (  # named by the codec forward and, unless that is int8, the one backward
     Method("none"),
     Method("bf16", "bf16", "bf16"),
     Method("int8", "int8", "int8"),
     Method("int4", "int4/32", "int8"),
+    Method("slow", PRESETS["slow"].activation, PRESETS["slow"].activation_gradient),
     Method("int2", "int2/32", "int8"),
     Method("int4,int2", "int4/32", "int2/32"),
     Method("aq/int4", "aq/int4/32", "int8"),
@@ -56,6 +58,7 @@ def broken_orderings(gaps: Mapping[str, float]) -> list[str]:
         "|gap(bf16)| < 0.005": abs(gaps["bf16"]) < 0.005,
         "gap(int8) < 0.01": gaps["int8"] < 0.01,
         "gap(int4) < 0.03": gaps["int4"] < 0.03,
+        "gap(slow) < 0.03": gaps["slow"] < 0.03,
         "gap(int2) > 2 gap(int4)": gaps["int2"] > 2 * gaps["int4"],
         "gap(aq/int4) < 0.02": gaps["aq/int4"] < 0.02,
         "gap(aq/int2) < gap(int2) / 2": gaps["aq/int2"] < gaps["int2"] / 2,

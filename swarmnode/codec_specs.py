@@ -276,11 +276,11 @@ class Preset:
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "home": Preset("int8", "int8", "int8"),
-        "slow": Preset("int4/32", "int8", "int8"),
+        "slow": Preset("int4/32", "int4/32+hadamard", "int4/32"),
         "lan": Preset("bf16", "bf16", "bf16"),
         "fidelity": Preset("none", "none", "none"),
     }
 )
-"""home: lines of tens of megabits and more. slow: below that; coarser forward only, because
-gradients bear less. lan: fast networks. fidelity: nothing is lost, to compare others with.
+"""home: lines of tens of megabits and more. slow: below that; backward too, where a rotation
+costs no bytes. lan: fast networks. fidelity: nothing is lost, to compare others with.
 None needs a memory: a codec that loses more than half of the energy in one step would."""
