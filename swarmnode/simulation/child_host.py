@@ -1,6 +1,7 @@
 """The worker child's keeper in a simulated daemon: states and updates brought here, a child made
 ready for each generation, as in `worker.child_host`."""
 
+import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from swarmnode.messages import (
     Failed,
     Frame,
     LinkBroken,
+    LinkReport,
     Message,
     Placed,
     Prepare,
@@ -24,6 +26,7 @@ from swarmnode.messages import (
     Ready,
     Saved,
     StateSource,
+    Traffic,
 )
 from swarmnode.simulation.child import Child
 from swarmnode.simulation.keeping import SimKeeper
@@ -38,6 +41,17 @@ if TYPE_CHECKING:
     from swarmnode.simulation.daemon import Daemon
 
 Handoffs = dict[int, tuple[Handoff, StateSource]]
+SWING_S = 90.0
+"""A link is slow for half of that, and fast for the other."""
+SLOW_BYTES_PER_S, FAST_BYTES_PER_S = 40.0, 1e9
+"""A frame of the toy model is some 130 bytes: one line stalls a step for seconds, the other never.
+"""
+
+
+def swinging_rate(source: PeerId, target: PeerId, now_s: float) -> float:
+    """Bytes per second; each link has a rhythm of its own."""
+    shift = zlib.crc32(f"{source} {target}".encode()) % 1000 / 1000
+    return SLOW_BYTES_PER_S if (now_s / SWING_S + shift) % 1 < 0.5 else FAST_BYTES_PER_S
 
 
 class SimChildHost:
@@ -226,6 +240,7 @@ class SimChildHost:
                     self._post(Failed(self._manifest.job, message.generation, str(error)[:300]))
                 else:
                     self._daemon.swarm.invariants.said(self._daemon.name, message)
+                    self._report_links()
                     self._post(message)
             case Failed():
                 if self._is_configuring:  # what it holds now, nobody knows
@@ -240,6 +255,15 @@ class SimChildHost:
                     self._post(Placed(self._manifest.job, generation, step))
             case Exported():
                 self._exported(message)
+
+    def _report_links(self) -> None:
+        """Where links swing: what they can by now, beside a second of computing."""
+        if self.plan is None or not self._daemon.swarm.section(self._manifest.job).swinging_links:
+            return
+        now_s, me = self._daemon.world.now_s, self._me
+        others = [peer for peer in self.plan.workers() if peer != me]
+        links = tuple(LinkReport(peer, 0.01, swinging_rate(me, peer, now_s)) for peer in others)
+        self._post(Traffic(self._manifest.job, {}, 1.0, links))
 
     def _exported(self, exported: Exported) -> None:
         """A state file is complete: publish it if that was asked, and tidy up."""

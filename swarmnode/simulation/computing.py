@@ -64,8 +64,10 @@ class ToyGrid:
             num_microbatches=count,
             num_evaluation_microbatches=plan.num_slots,
             groups=self.groups,
-            fits=lambda role, _, num_bytes: (
-                num_bytes == history.HASH_BYTES + (count if role == "gradient" else 0)
+            fits=lambda role, frame, num_bytes: (
+                num_bytes
+                == history.HASH_BYTES
+                + (count if role == "gradient" else len(self.mark(frame.source, frame.target)))
             ),
         )
 
@@ -83,6 +85,13 @@ class ToyGrid:
 
     def is_last(self, slot: SlotId) -> bool:
         return slot.stage == self.plan.num_stages - 1
+
+    def mark(self, source: SlotId, target: SlotId) -> bytes:
+        """What a boundary frame ends with if its link has codecs of its own: who expects other
+        codecs refuses it, as in the engine."""
+        link = (self.plan.host(source), self.plan.host(target))
+        found = [each.preset for each in self.plan.links if (each.source, each.target) == link]
+        return b"".join(name.encode() for name in found)
 
     def is_hosted(self, slot: SlotId) -> bool:
         return self.plan.host(slot) == self.peer
@@ -134,7 +143,7 @@ class ToyPipeline:
     def take(self, frame: Frame, payload: Payload) -> None:
         slot = self.slots[frame.target]
         direction: Direction = "forward" if frame.kind == "activation" else "backward"
-        slot.arrived[direction, frame.microbatch] = bytes(payload)
+        slot.arrived[direction, frame.microbatch] = bytes(payload)[: history.HASH_BYTES]
         slot.schedule.arrived(direction, frame.microbatch)
 
     def work(self) -> SlotId | None:
@@ -193,7 +202,7 @@ class ToyPipeline:
         frame = self._grid.frame(
             kind, self._step, source, target, microbatch=microbatch, evaluate=self._evaluate
         )
-        self._post(frame, value)
+        self._post(frame, value + self._grid.mark(source, target))
 
 
 class ToyReduction:

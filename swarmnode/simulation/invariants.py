@@ -130,7 +130,8 @@ class Invariants:
         known = self._jobs[job]
         self.num_checks += 1
         first = known.begun.setdefault(plan.generation, (who, plan))
-        if first[0] != who or first[1].slots != plan.slots or plan.coordinator != who:
+        is_same = (first[1].slots, first[1].links) == (plan.slots, plan.links)
+        if first[0] != who or not is_same or plan.coordinator != who:
             raise Violation(
                 f"{who} begins generation {plan.generation}, which {first[0]} has begun already"
             )

@@ -53,6 +53,8 @@ class JobSection(Section):
     """Size of a stage's update."""
     state_mb: float = Field(default=5.0, ge=0)
     """Size of a stage's state."""
+    swinging_links: bool = False
+    """Whether links look slow and fast in turn, so that their codecs change again and again."""
 
 
 class Availability(Section):

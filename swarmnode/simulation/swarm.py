@@ -7,6 +7,7 @@ from swarmnode.coordinator.cost.needs import machine_bytes, split_layers, stage_
 from swarmnode.domain import BlobRef, JobId, ModelFacts, PeerId
 from swarmnode.manifest import (
     BatchConfig,
+    CodecConfig,
     DataContent,
     Manifest,
     ModelContent,
@@ -242,6 +243,7 @@ def _manifest(section: JobSection, owner: str, seed: int, number: int) -> Manife
     return Manifest(
         name=f"{section.name}-{number}",
         batch=BatchConfig(rows=1, sequence_length=8, num_microbatches=section.microbatches),
+        codecs=CodecConfig(follow_links=section.swinging_links),
         placement=PlacementConfig(stages=section.stages, slots=section.slots, min_peers=1),
         run=RunConfig(
             steps=section.steps,

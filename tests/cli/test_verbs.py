@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -7,8 +8,12 @@ from pathlib import Path
 import pytest
 from cli_runner import Cli
 from fake_node import JOB, FakeNode
+from rich.console import Console
 
+from swarmnode.cli.show import job_panel
 from swarmnode.codings import Coding
+from swarmnode.domain import PeerId
+from swarmnode.http.api import CoarserLink
 
 MODEL = '[model]\nconfig = "config.json"\n[data]\npath = "text.txt"\n'
 
@@ -73,6 +78,20 @@ def test_watch_prints_lines_until_the_job_serves(cli: Cli, node: FakeNode) -> No
     view = json.loads(line)
     assert view["bytes_by_kind"] == {"activation": 1000, "reduced": 500}
     assert (view["val_codec"], view["codings"]) == ("bf16", [asdict(coding)])
+
+
+def test_links_that_run_coarser_are_shown_in_words_and_as_json(cli: Cli, node: FakeNode) -> None:
+    node.change(phase="serving", step=10)
+    assert "coarser" not in cli("watch", "tiny")[1]
+    assert json.loads(cli("watch", "tiny", "--json")[1])["coarser_links"] == []
+    link = CoarserLink(PeerId("Qm1234abcdef"), PeerId("Qm5678uvwxyz"), "slow", "int4/32", "int8")
+    node.change(coarser_links=(link,))
+    assert "1 link coarser" in cli("watch", "tiny")[1]
+    view = json.loads(cli("watch", "tiny", "--json")[1])
+    assert view["coarser_links"] == [asdict(link)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(job_panel(node.job(JOB)))
+    assert "abcdef to uvwxyz: slow, int4/32 and int8" in console.export_text()
 
 
 def test_watching_a_job_that_failed_fails(cli: Cli, node: FakeNode) -> None:

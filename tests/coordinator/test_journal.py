@@ -224,19 +224,6 @@ def test_each_line_is_a_checksum_and_json(path: Path) -> None:
         assert json.loads(text)["t"].endswith("Record")
 
 
-def test_a_started_generation_is_read_by_versions_that_knew_no_links() -> None:
-    started = SOME[0]
-    assert isinstance(started, StartedRecord)
-    _, _, text = _line(started).partition(b" ")
-    body = json.loads(text)
-    assert body["links"] == [["a", "b", "slow", "int4/32", "int4/32+hadamard"]]
-    del body["links"]
-    older = json.dumps(body).encode()
-    found = parse_line(b"%08x " % zlib.crc32(older) + older + b"\n")
-    assert found == replace(started, links=())
-    assert started.plan().links == started.links
-
-
 def test_an_evaluation_is_read_by_versions_that_knew_no_codec_and_by_those_that_know_more() -> None:
     def line(**fields: object) -> bytes:
         text = json.dumps({"t": "EvaluationRecord", **fields}).encode()

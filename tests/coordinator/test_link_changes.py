@@ -1,9 +1,13 @@
 """A slow link in a running job: other codecs with the next generation, on every worker alike."""
 
+import json
+import zlib
+from dataclasses import replace
+
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.journal import _line, parse_line
 from swarmnode.coordinator.link_codecs import COARSER_AFTER_S
-from swarmnode.domain import LinkPreset, PeerId, Plan
+from swarmnode.domain import Generation, LinkPreset, PeerId, Plan
 from swarmnode.manifest import CodecConfig, Manifest
 from swarmnode.messages import Adopt, Assign, Begin, LinkReport, Traffic
 from tests.coordinator.bench import Bench, histories, manifest
@@ -59,8 +63,11 @@ def plan_of(bench: Bench) -> Plan:
 
 
 def slow_link(plan: Plan) -> LinkPreset:
-    other = next(peer for peer in plan.workers() if peer != "b")
-    return LinkPreset(PeerId("b"), other, "slow", "int4/32", "int4/32+hadamard")
+    return slow_link_to(next(peer for peer in plan.workers() if peer != "b"))
+
+
+def slow_link_to(target: str) -> LinkPreset:
+    return LinkPreset(PeerId("b"), PeerId(target), "slow", "int4/32", "int4/32+hadamard")
 
 
 def test_a_slow_link_leads_to_a_generation_whose_workers_all_know_its_codecs() -> None:
@@ -107,6 +114,16 @@ def test_it_is_in_the_journal_before_anybody_is_told_and_is_replayed_from_it() -
     again.run(until="training")
     assert plan_of(again).generation > plan_of(bench).generation
     assert plan_of(again).links == links, "whoever takes over goes on with it"
+
+
+def test_a_started_generation_is_read_from_versions_that_knew_no_links() -> None:
+    plan = Plan(Generation(1), ((0, 6),), ((PeerId("a"),),), PeerId("a"))
+    started = on.StartedRecord.of(replace(plan, links=(slow_link_to("a"),)), 3)
+    body = json.loads(_line(started).partition(b" ")[2])
+    assert body["links"] == [["b", "a", "slow", "int4/32", "int4/32+hadamard"]]
+    del body["links"]
+    older = json.dumps(body).encode()
+    assert parse_line(b"%08x " % zlib.crc32(older) + older + b"\n") == on.StartedRecord.of(plan, 3)
 
 
 def test_a_link_that_is_fast_again_goes_back_with_another_generation() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmnode.domain import BlobRef
+from swarmnode.domain import BlobRef, LinkPreset, PeerId
 from swarmnode.errors import DataError
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.checkpoints import Checkpoint, hash_weights, merge
@@ -203,6 +203,20 @@ def _whole() -> bytes:
 
 
 _WHOLE = _whole()
+
+
+def test_links_that_were_coarser_are_signed_and_absent_where_none_was(store: BlobStore) -> None:
+    plain = make.checkpoint(store)
+    assert b"coarser_links" not in plain.to_bytes()
+    link = LinkPreset(PeerId("a"), PeerId("b"), "slow", "int4/32", "int4/32+hadamard")
+    found = make.checkpoint(store, coarser_links=(link,))
+    again = Checkpoint.parse(found.to_bytes())
+    assert again.manifest.coarser_links == (link,)
+    assert again.is_authentic
+    forged = found.to_bytes().replace(b'"slow"', b'"home"')
+    assert not Checkpoint.parse(forged).is_authentic
+    with pytest.raises(DataError, match="coarser_links"):
+        Checkpoint.parse(found.to_bytes().replace(b'"slow"', b"1"))
 
 
 def test_the_codecs_of_the_boundaries_are_part_of_what_is_signed(store: BlobStore) -> None:
