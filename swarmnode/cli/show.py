@@ -59,7 +59,7 @@ def boundaries(codecs: Mapping[str, str]) -> str:
 def link_lines(links: Iterable[CoarserLink]) -> str:
     """A line for each link that is coded more coarsely than the job asks for."""
     return "\n".join(
-        f"{short(link.source)} to {short(link.target)}: {link.preset}, "
+        f"{short(link.source)} to {short(link.target)}: {printable(link.preset)}, "
         f"{printable(link.activation)} and {printable(link.activation_gradient)}"
         for link in links
     )

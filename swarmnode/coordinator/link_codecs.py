@@ -6,8 +6,8 @@ each time that it turned out to be wrong: a line whose speed swings stays at the
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from swarmnode.boundary_codecs import Level, Link, boundary_links
 from swarmnode.coordinator.transition import MARGIN, RESTART_S
@@ -37,7 +37,7 @@ class LineLoad(NamedTuple):
 class _Urge:
     """A link would be better off at another level, and since when."""
 
-    step: Literal[-1, 1]
+    is_coarser: bool
     since_s: float
     num_steps: int
 
@@ -94,18 +94,18 @@ class LinkCodecs:
             self._urges.clear()
         before, self._urges = self._urges, {}
         for link, load in sorted(loads.items()):
-            step = self._wish(self.level(link), load.busy_s, computing_s, steps_left)
-            if step is None:
+            level = self.level(link)
+            wish = self._wish(level, load.busy_s, computing_s, steps_left)
+            if wish is None:
                 continue
-            urge = before.get(link)
-            if urge is None or urge.step != step:
-                urge = _Urge(step, now_s, 0)
-            urge = _Urge(step, urge.since_s, urge.num_steps + 1)
-            self._urges[link] = urge
-            long_enough = now_s - urge.since_s >= self._patience_s(link, step)
-            if long_enough and urge.num_steps >= LEAST_STEPS:
+            urge, is_coarser = before.get(link), wish > level
+            if urge is None or urge.is_coarser != is_coarser:
+                urge = _Urge(is_coarser, now_s, 0)
+            self._urges[link] = urge = replace(urge, num_steps=urge.num_steps + 1)
+            is_long = now_s - urge.since_s >= self._patience_s(link, is_coarser=is_coarser)
+            if is_long and urge.num_steps >= LEAST_STEPS:
                 del self._urges[link]
-                self._change(link, step)
+                self._change(link, wish)
 
     def forget(self, peer: PeerId) -> None:
         """The peer is gone; when it comes back it may be on another line."""
@@ -128,26 +128,29 @@ class LinkCodecs:
 
     def _wish(
         self, level: int, busy_s: Sequence[float], computing_s: float, steps_left: int
-    ) -> Literal[-1, 1] | None:
-        """One level up or down, or neither, by what was seen in this step alone."""
-        if level + 1 < len(self._levels) and busy_s[level] > COARSER_ABOVE * computing_s:
-            saved_s = busy_s[level] - busy_s[level + 1]
-            gained_s = busy_s[level] - max(busy_s[level + 1], computing_s)
-            pays = gained_s * steps_left > MARGIN * RESTART_S
-            return 1 if pays and saved_s >= LEAST_SAVING * computing_s else None
-        if level > 0 and busy_s[level - 1] < FINER_BELOW * computing_s:
-            lasts = computing_s * steps_left > MARGIN * RESTART_S
-            return -1 if lasts else None
+    ) -> int | None:
+        """The level to go to by what was seen in this step alone; None to stay.
+
+        Up, it is the next one that saves something: a link that carries gradients alone saves
+        nothing at a level that is coarser for hidden states.
+        """
+        now_s = busy_s[level]
+        if now_s > COARSER_ABOVE * computing_s:
+            for higher in range(level + 1, len(self._levels)):
+                if now_s - busy_s[higher] >= LEAST_SAVING * computing_s:
+                    gained_s = now_s - max(busy_s[higher], computing_s)
+                    return higher if gained_s * steps_left > MARGIN * RESTART_S else None
+        elif level > 0 and busy_s[level - 1] < FINER_BELOW * computing_s:
+            return level - 1 if computing_s * steps_left > MARGIN * RESTART_S else None
         return None
 
-    def _patience_s(self, link: Link, step: Literal[-1, 1]) -> float:
-        if step > 0:
+    def _patience_s(self, link: Link, *, is_coarser: bool) -> float:
+        if is_coarser:
             return COARSER_AFTER_S
         return FINER_AFTER_S * 2.0 ** min(self._num_returns.get(link, 0), MOST_DOUBLINGS)
 
-    def _change(self, link: Link, step: Literal[-1, 1]) -> None:
-        level = self.level(link) + step
-        if step < 0:
+    def _change(self, link: Link, level: int) -> None:
+        if level < self.level(link):
             self._num_returns[link] = self._num_returns.get(link, 0) + 1
         if level:
             self._at[link] = level

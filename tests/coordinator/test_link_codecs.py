@@ -226,6 +226,14 @@ def test_a_link_is_left_alone_where_another_of_the_same_sender_is_the_slow_one()
     assert (some.level((A, B)), some.level((A, C))) == (2, 0)
 
 
+def test_a_level_that_saves_nothing_on_a_link_is_passed_over() -> None:
+    some = choice(CodecConfig(activation="bf16", activation_gradient="int8"))
+    assert [level.preset for level in some.levels] == ["", "home", "slow"]
+    for second in range(30):
+        some.see(ONE, {(B, A): LineLoad((2.0, 2.0, 1.1))}, 1.0, 1000, float(second))
+    assert some.level((B, A)) == 2, "it carries gradients alone"
+
+
 def test_a_job_that_keeps_its_codecs_never_changes() -> None:
     fixed = LinkCodecs(levels_of(LAN)[:1])
     assert not fixed.can_change
