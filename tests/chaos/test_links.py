@@ -23,26 +23,29 @@ pytestmark = [
 
 
 class Far:
-    """Four daemons on four hosts; node 0 coordinates."""
+    """A daemon on each of so many hosts; node 0 coordinates."""
 
-    def __init__(self, hosts: Hosts, root: Path, text: Path) -> None:
+    def __init__(self, hosts: Hosts, root: Path, text: Path, num_nodes: int = NODES) -> None:
         self.hosts = hosts
+        self.num_nodes = num_nodes
         self.text = text
-        self.homes = [root / f"node-{index}" for index in range(NODES)]
+        self.homes = [root / f"node-{index}" for index in range(num_nodes)]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.peers: list[str] = []
 
     def start(self) -> None:
         join: tuple[str, ...] = ()
-        for index in range(NODES):
+        for index in range(self.num_nodes):
             self._spawn(index, join)
             if index == 0:
                 until(lambda: self.answers(0), "the first node is ready")
                 address = self.ask(0, lambda client: client.node().join_address)
                 join = ("--join", address)
-        until(lambda: all(map(self.answers, range(NODES))), "all nodes are ready")
-        until(lambda: self.ask(0, lambda c: len(c.peers())) == NODES, "all see each other")
-        self.peers = [self.ask(at, lambda client: client.node().peer) for at in range(NODES)]
+        until(lambda: all(map(self.answers, range(self.num_nodes))), "all nodes are ready")
+        until(lambda: self.ask(0, lambda c: len(c.peers())) == self.num_nodes, "all see each other")
+        self.peers = [
+            self.ask(at, lambda client: client.node().peer) for at in range(self.num_nodes)
+        ]
 
     def _spawn(self, index: int, join: tuple[str, ...]) -> None:
         home = self.homes[index]
