@@ -1,6 +1,6 @@
 """Which codecs a job asks for, and what every part of a job description has in common."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,6 +15,7 @@ from pydantic import (
 
 from swarmnode.codec_specs import PRESETS, Memory, parse_spec, spec_with
 from swarmnode.errors import ManifestError
+from swarmnode.sync_specs import Sync, parse_sync
 
 DELTA_CACHE_BYTES = 1 << 30
 FOLLOWING_PRESETS = ("lan", "home")
@@ -46,6 +47,31 @@ ActivationGradientCodecName = Annotated[str, _codec_name()]
 GradientCodecName = Annotated[str, _codec_name("feedback")]
 
 
+def _sync_name(text: str) -> str:
+    """The one text of a sync that training can run. Raises: ValueError with what it cannot."""
+    try:
+        sync = parse_sync(text)
+    except ManifestError as error:
+        raise ValueError(str(error)) from None
+    refusals = {
+        f"it sends {sync.sends}, training exchanges differences; for gradients of every step "
+        "use codecs.gradient": sync.sends != "difference",
+        "results that come late (staleness = 1) are in no training step yet": sync.staleness > 0,
+        "fragments are in no training step yet; leave them at 1": sync.fragments > 1,
+        "weights that differ from slot to slot (memory = weights) do not outlast a step; use "
+        "feedback": sync.memory == "weights",
+        "the reply has the codec of what is sent; leave it out": sync.reply not in ("", sync.codec),
+        "an outer step is not clipped here; leave /clip out": sync.outer.clip > 0,
+    }
+    for refusal, holds in refusals.items():
+        if holds:
+            raise ValueError(f"{text!r:.60}: {refusal}")
+    return str(replace(sync, reply=""))
+
+
+SyncName = Annotated[str, AfterValidator(_sync_name)]
+
+
 class CodecConfig(Section):
     """How tensors are coded on the wire: names as in docs/compression.md."""
 
@@ -57,6 +83,8 @@ class CodecConfig(Section):
     """Codec of their gradients, back from stage to stage."""
     gradient: GradientCodecName = "none"
     """Codec of parameter gradients, among the slots of a stage; may end in +ef."""
+    sync: SyncName | None = None
+    """Instead of gradients: local steps, then one exchange; as diloco,every=30; compression.md."""
     delta_cache_bytes: int = Field(default=DELTA_CACHE_BYTES, ge=0, le=1 << 50)
     """With aq/: memory for hidden states, at each end of each boundary of each slot."""
     follow_links: bool = False
@@ -70,15 +98,41 @@ class CodecConfig(Section):
             found.pop("delta_cache_bytes", None)
         if not self.follow_links:
             found.pop("follow_links", None)
+        if self.sync is None:
+            found.pop("sync", None)
         return found
 
     @property
     def by_role(self) -> dict[str, str]:
+        shared = ("gradient", self.gradient) if self.sync is None else ("sync", self.sync)
         return {
             "activation": self.activation,
             "activation_gradient": self.activation_gradient,
-            "gradient": self.gradient,
+            **dict([shared]),
         }
+
+    @property
+    def local(self) -> Sync | None:
+        """How slots train on their own for some steps, where they do."""
+        return None if self.sync is None else parse_sync(self.sync)
+
+    @property
+    def num_local_steps(self) -> int:
+        """Steps of a slot's own in one committed step, H."""
+        return 1 if self.local is None else self.local.every
+
+    @property
+    def share(self) -> str:
+        """What a slot's part of a sum is coded with: of a gradient, or of a difference."""
+        sync = self.local
+        if sync is None:
+            return self.gradient
+        return sync.codec + ("+ef" if sync.memory == "feedback" else "")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a slot's part goes to everybody, who sum alike; else to who owns a shard."""
+        return self.local is not None and self.local.topology == "everyone"
 
     @property
     def keeps_deltas(self) -> bool:
@@ -87,8 +141,8 @@ class CodecConfig(Section):
 
     @property
     def keeps_residuals(self) -> bool:
-        """Whether what coding loses of parameter gradients is owed."""
-        return parse_spec(self.gradient).memory == "feedback"
+        """Whether what coding loses of gradients or differences is owed."""
+        return parse_spec(self.share).memory == "feedback"
 
     @property
     def evaluation(self) -> str:
@@ -105,10 +159,17 @@ class CodecConfig(Section):
         named = {key: raw[key] for key in raw if key != "preset"}
         can_follow = not str(named.get("activation", "")).startswith("aq/")
         follows = name in FOLLOWING_PRESETS and can_follow
-        return {"follow_links": follows, **asdict(PRESETS[name]), **named}
+        preset = asdict(PRESETS[name])
+        if raw.get("sync") is not None:
+            del preset["gradient"]
+        return {"follow_links": follows, **preset, **named}
 
     @model_validator(mode="after")
-    def _can_follow(self) -> Self:
+    def _goes_together(self) -> Self:
         if self.follow_links and self.keeps_deltas:
             raise ValueError("aq/ does not go with codecs.follow_links; leave one of them out")
+        if self.sync is not None and self.gradient != "none":
+            raise ValueError("sync says what slots send each other; leave gradient out")
+        if self.sync is not None and self.keeps_deltas:
+            raise ValueError("sync and aq/ do not go together; take aq/ out of activation")
         return self

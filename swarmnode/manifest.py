@@ -156,6 +156,16 @@ class JobBase(Section):
         return self.run.steps if self.kind == "train" else 0
 
     @property
+    def microbatches_per_step(self) -> int:
+        """Of one committed step: with local steps a round of them."""
+        return self.batch.num_microbatches * self.codecs.num_local_steps
+
+    @property
+    def update_clip_norm(self) -> float:
+        """Largest norm of what a commit applies; 0 for any. Local steps clip for themselves."""
+        return self.optimizer.clip_norm if self.codecs.sync is None else 0.0
+
+    @property
     def follows_links(self) -> bool:
         """Whether the codecs of a boundary depend on the link that it crosses."""
         return self.codecs.follow_links and self.kind == "train"
@@ -177,6 +187,18 @@ class JobBase(Section):
         if self.run.deterministic and self.codecs.follow_links:
             raise ValueError("run.deterministic does not go with codecs.follow_links; choose one")
         return self
+
+
+MAX_STEP_MICROBATCHES = 4096
+"""What messages have room for."""
+
+
+def _check_local_steps(job: JobBase) -> None:
+    if job.microbatches_per_step > MAX_STEP_MICROBATCHES:
+        raise ValueError(
+            f"batch.num_microbatches = {job.batch.num_microbatches}, {job.codecs.num_local_steps} "
+            f"times between two exchanges, is over {MAX_STEP_MICROBATCHES}; lower codecs.sync every"
+        )
 
 
 def _check_grid(batch: BatchConfig, slots: int | None) -> None:
@@ -265,6 +287,7 @@ class JobFile(OpenJob):
             raise ValueError("a job of kind serve needs model.path, a folder with weights")
         _check_grid(self.batch, self.placement.slots)
         _check_pinned(self.run, self.placement)
+        _check_local_steps(self)
         return self
 
 
@@ -297,6 +320,7 @@ class PlacedJob(JobBase):
     def _fits_together(self) -> Self:
         _check_grid(self.batch, self.placement.slots)
         _check_pinned(self.run, self.placement)
+        _check_local_steps(self)
         return self
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from swarmnode.domain import BlobRef, PeerId
 from swarmnode.errors import ManifestError
 from swarmnode.manifest import (
+    CodecConfig,
     DataContent,
     JobFile,
     Manifest,
@@ -92,6 +93,64 @@ def test_the_id_does_not_depend_on_the_order_of_keys() -> None:
 )
 def test_any_other_content_has_another_id(change: dict[str, Any]) -> None:
     assert manifest(**change).job != manifest().job
+
+
+# ---- how slots stay together -------------------------------------------------------------------
+
+
+def test_a_sync_has_one_text_and_without_one_a_manifest_is_what_it_was() -> None:
+    said = manifest(codecs=CodecConfig(sync="sparseloco,every=15")).codecs
+    again = manifest(codecs=CodecConfig(sync=said.sync)).codecs
+    assert said == again
+    assert said.num_local_steps == 15
+    assert (said.share, said.gathers) == ("topk64of4096/int2+ef", True)
+    assert "sync" not in manifest().codecs.model_dump(mode="json")
+    assert (manifest().codecs.num_local_steps, manifest().codecs.share) == (1, "none")
+    assert check(Manifest, json.loads(manifest(codecs=said).canonical()), "x").codecs == said
+
+
+def test_a_preset_beside_a_sync_names_the_codecs_of_the_boundaries() -> None:
+    job = check(JobFile, merged("codecs", preset="slow", sync="diloco"), "job.toml")
+    assert (job.codecs.activation, job.codecs.gradient) == ("int4/32", "none")
+    assert job.codecs.by_role.keys() == {"activation", "activation_gradient", "sync"}
+
+
+def test_a_step_of_local_steps_counts_the_microbatches_of_all() -> None:
+    job = manifest(codecs=CodecConfig(sync="diloco,every=7"))
+    assert job.microbatches_per_step == 7 * job.batch.num_microbatches
+    assert (job.update_clip_norm, manifest().update_clip_norm) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("codecs", "says"),
+    [
+        ({"sync": "zip"}, "unknown sync 'zip'"),
+        ({"sync": "diloco,every=0"}, "every is 1"),
+        ({"sync": "allreduce"}, "use codecs.gradient"),
+        ({"sync": "qadam"}, "use codecs.gradient"),
+        ({"sync": "decentralised"}, "it sends weights"),
+        ({"sync": "cocktail"}, "staleness = 1"),
+        ({"sync": "streaming"}, "staleness = 1"),
+        ({"sync": "co2"}, "staleness = 1"),
+        ({"sync": "diloco,fragments=3"}, "fragments are in no training step yet"),
+        ({"sync": "diloco,codec=int8,memory=weights"}, "memory = weights"),
+        ({"sync": "diloco,reply=int8"}, "the reply has the codec"),
+        ({"sync": "diloco,outer=momentum1/0.2/clip1"}, "leave /clip out"),
+        ({"sync": "diloco", "gradient": "int8"}, "leave gradient out"),
+        ({"sync": "diloco", "activation": "aq/int4/32"}, "take aq/ out"),
+        ({"sync": "diloco,every=2000"}, "is over 4096"),
+    ],
+    ids=repr,
+)
+def test_a_sync_that_training_cannot_run_is_refused_in_one_line(
+    codecs: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ManifestError) as caught:
+        check(JobFile, merged("codecs", **codecs), "job.toml")
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=r".*"):
+        manifest(codecs=CodecConfig(**codecs))
 
 
 # ---- what is refused ---------------------------------------------------------------------------

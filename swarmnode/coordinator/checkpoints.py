@@ -166,7 +166,9 @@ class CheckpointDesk:
             parent=parent,
             data=DataCursor(next_step=step),
             random=RandomState(seed=manifest.run.seed),
-            optimizer=OptimizerState(step=step),
+            optimizer=OptimizerState(
+                kind="adamw" if manifest.codecs.sync is None else "outer", step=step
+            ),
             loss=finite(losses[number]) if 0 <= number < len(losses) else None,
             coarser_links=job.ledger.plan.links if job.ledger.plan else (),
             weights_sha256=hash_weights(atoms, read),

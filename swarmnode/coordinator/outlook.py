@@ -102,7 +102,7 @@ class Outlook:
 
     def _frames(self, plan: Plan) -> dict[Link, tuple[int, int]]:
         """Hidden states and gradients of them that cross each link in a step."""
-        per_slot = self._job.batch.num_microbatches // plan.num_slots
+        per_slot = self._job.microbatches_per_step // plan.num_slots
         forward = Counter(
             (sender, receiver)
             for row, following in pairwise(plan.slots)
@@ -122,14 +122,17 @@ class Outlook:
     def _flops(self, plan: Plan) -> dict[PeerId, float]:
         """What each worker of `plan` has to do in a step."""
         needs = stage_needs(self._facts, self._job, plan.layers)
-        per_slot = self._job.batch.num_microbatches // plan.num_slots
+        per_slot = self._job.microbatches_per_step // plan.num_slots
         return {
             peer: sum(needs[at.stage].flops for at in plan.hosted_by(peer)) * per_slot
             for peer in plan.workers()
         }
 
     def _step_s(self, plan: Plan, swarm: Swarm) -> float | None:
-        """What one step of `plan` should take, event by event; None if a host is not here."""
+        """What one step of `plan` should take, event by event; None if a host is not here.
+
+        Of a round of local steps, so many times one of them.
+        """
         topology = survey(swarm)
         index = {PeerId(name): node for node, name in enumerate(topology.names)}
         arrangement = arrangement_of(plan, index)
@@ -144,7 +147,7 @@ class Outlook:
             plan.num_slots,
             coordinator=index.get(self._me),
         )
-        predicted_s = simulate_step(arrangement, tables)
+        predicted_s = simulate_step(arrangement, tables) * self._job.codecs.num_local_steps
         return predicted_s if math.isfinite(predicted_s) else None
 
     def _workload(self, plan: Plan, index: Mapping[PeerId, int]) -> Workload:

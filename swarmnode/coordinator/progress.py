@@ -16,7 +16,7 @@ class Progress:
 
     def __init__(self, manifest: Manifest, now_s: float) -> None:
         batch = manifest.batch
-        self.tokens_per_step = batch.rows * batch.sequence_length * batch.num_microbatches
+        self.tokens_per_step = batch.rows * batch.sequence_length * manifest.microbatches_per_step
         self.losses: list[float] = []
         """Of each committed step; NaN where nobody is left who knows it."""
         self.validation: list[tuple[int, float]] = []

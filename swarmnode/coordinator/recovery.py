@@ -69,7 +69,10 @@ def origin(checkpoint: CheckpointRecord | None, manifest: Manifest, me: PeerId) 
 
 def snapshot_every(manifest: Manifest) -> int:
     """Steps between snapshots, by how large an update is beside the state."""
-    update_bytes = 4.0 * wire_share(manifest.codecs.gradient)
+    codecs = manifest.codecs
+    update_bytes = 4.0 * wire_share(codecs.share)
+    if codecs.gathers:
+        update_bytes *= manifest.placement.slots
     return max(4, min(64, round(LOG_SHARE * STATE_BYTES_PER_WEIGHT / update_bytes)))
 
 

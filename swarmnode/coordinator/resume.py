@@ -56,7 +56,14 @@ def read_resumed(job: JobFile) -> Resumed | None:
     resumed = Resumed(folder, read_checkpoint(folder / MANIFEST_FILE))
     manifest = resumed.checkpoint.manifest
     if job.kind == "train":
-        if len(resumed.weights) == len(manifest.atoms):
+        kind = "adamw" if job.codecs.sync is None else "outer"
+        if kind != manifest.optimizer.kind:
+            has = "with" if kind == "adamw" else "without"
+            raise ManifestError(
+                f"model.resume: {folder} is of a job {has} codecs.sync, whose optimizer has "
+                "another state; set it alike, or use model.path for weights alone"
+            )
+        if kind == "adamw" and len(resumed.weights) == len(manifest.atoms):
             raise DataError(f"model.resume: {folder} holds no moments; use model.path for weights")
         if job.run.steps <= manifest.step:
             raise ManifestError(
@@ -112,6 +119,7 @@ def notes(resumed: Resumed, job: JobFile, data: DataContent | None) -> tuple[str
         "run.seed": job.run.seed,
         "run.steps": job.run.steps,
         "run.compute": job.run.compute,
+        "codecs.sync": job.codecs.sync,
         "data": data.model_dump(mode="json") if data else None,
     }
     differ = [name for name, value in now.items() if value != _at(before, name)]

@@ -80,6 +80,11 @@ async def prepare(
             f"{facts.max_positions} positions; lower it"
         )
     placement = await decide_grid(job, facts)
+    if job.codecs.sync is not None and facts.tied and placement.stages > 1:
+        raise ManifestError(
+            f"codecs.sync: the model's tied embeddings lie on two of {placement.stages} stages and "
+            "would go apart between exchanges; set placement.stages = 1 or leave codecs.sync out"
+        )
     folder = await asyncio.to_thread(_tokenizer_folder, job, scratch, facts.max_positions)
     tokenizer = load_tokenizer(folder)
     if tokenizer.num_tokens > facts.vocab_size:

@@ -54,7 +54,8 @@ class Votes:
         The loss is the mean of what is known: of all, while a holder of the last stage is left.
         Raises: DisagreementError, DivergedError.
         """
-        self._check(plan, manifest.batch.num_microbatches)
+        num_microbatches = manifest.microbatches_per_step
+        self._check(plan, num_microbatches)
         sums: dict[int, float] = {}
         for at in sorted(self._ready):
             for group, value in self._ready[at].sums_of_squares:
@@ -67,8 +68,8 @@ class Votes:
             for ready in self._ready.values()
             for microbatch, loss in zip(ready.microbatches, ready.losses, strict=False)
         }
-        if len(by_microbatch) < manifest.batch.num_microbatches:
-            by_microbatch |= self._losses_told(plan, manifest.batch.num_microbatches)
+        if len(by_microbatch) < num_microbatches:
+            by_microbatch |= self._losses_told(plan, num_microbatches)
         loss = mean_loss([by_microbatch[mb] for mb in sorted(by_microbatch)])
         if math.isfinite(norm):
             self._check_losses(plan)
@@ -77,7 +78,7 @@ class Votes:
                 f"step {step}: loss {loss:g}, gradient norm {norm:g}; "
                 "lower optimizer.learning_rate and submit again"
             )
-        clip = manifest.optimizer.clip_norm
+        clip = manifest.update_clip_norm
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
         updates = tuple(self._of(stage)[0].update for stage in range(plan.num_stages))
         return CommitRecord(plan.generation, step, scale, loss, updates)

@@ -1,8 +1,8 @@
 """A checkpoint's manifest: canonical JSON that says what a state is made of, signed.
 
 The state is a set of atoms: the weight `NAME` and its moments `NAME::exp_avg` and
-`NAME::exp_avg_sq`, each a tensor in chunks named by their hash. Nothing in it depends on how the
-job was cut into stages and slots.
+`NAME::exp_avg_sq`, or with local steps `NAME::outer_momentum`; each a tensor in chunks named by
+their hash. Nothing in it depends on how the job was cut into stages and slots.
 """
 
 import hashlib
@@ -26,7 +26,9 @@ from swarmnode.errors import DataError, ProtocolError
 from swarmnode.manifest import Section
 from swarmnode.p2p import identity
 from swarmnode.p2p.states import (
+    ADAMW_SUFFIXES,
     MOMENT_SUFFIXES,
+    OUTER_SUFFIXES,
     IndexedTensor,
     TensorIndex,
     rows_of,
@@ -61,7 +63,8 @@ class RandomState(Section):
 class OptimizerState(Section):
     """What the optimizer keeps besides the moments, which are atoms."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "outer"] = "adamw"
+    """outer: that of a job with local steps, whose slots keep their own moments to themselves."""
     step: Step
     """Updates done; decides bias correction and learning rate."""
 
@@ -221,22 +224,28 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 
 def _check_atoms(atoms: Sequence[IndexedTensor]) -> None:
-    """Each moment has its weight, of the same shape; every weight has both, or none has any."""
+    """Each moment has its weight, of the same shape; and every weight has the same ones: both of
+    AdamW, the one of an outer step, or none."""
     by_name = {atom.name: atom for atom in atoms}
     if list(by_name) != sorted(by_name):
         raise ValueError("its atoms are not in the order of their names")
-    num_moments = 0
+    found: dict[str, int] = dict.fromkeys(MOMENT_SUFFIXES, 0)
+    num_weights = 0
     for atom in atoms:
-        name, mark, _ = atom.name.partition("::")
+        name, mark, kind = atom.name.partition("::")
         if not mark:
+            num_weights += 1
             continue
         weight = by_name.get(name)
-        if not atom.name.endswith(MOMENT_SUFFIXES) or weight is None:
+        if mark + kind not in found or weight is None:
             raise ValueError(f"{atom.name!r:.80} is the moment of no weight")
         if atom.shape != weight.shape or atom.dtype != "F32":
             raise ValueError(f"{atom.name!r:.80} is not shaped like its weight")
-        num_moments += 1
-    if num_moments not in (0, 2 * (len(atoms) - num_moments)):
+        found[mark + kind] += 1
+    kept = {suffix for suffix, count in found.items() if count}
+    if kept not in (set(), set(ADAMW_SUFFIXES), set(OUTER_SUFFIXES)) or any(
+        found[suffix] != num_weights for suffix in kept
+    ):
         raise ValueError("some weights have moments and some have none")
 
 

@@ -23,7 +23,10 @@ from swarmnode.wire import CHUNK_BYTES, MAX_BLOB_BYTES
 
 MAX_TENSORS = 1 << 18
 _HASH = re.compile(r"[0-9a-f]{64}")
-MOMENT_SUFFIXES = ("::exp_avg", "::exp_avg_sq")
+ADAMW_SUFFIXES = ("::exp_avg", "::exp_avg_sq")
+OUTER_SUFFIXES = ("::outer_momentum",)
+"""Of jobs with local steps, whose outer step has a momentum."""
+MOMENT_SUFFIXES = ADAMW_SUFFIXES + OUTER_SUFFIXES
 
 
 @dataclass(frozen=True)

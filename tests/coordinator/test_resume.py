@@ -18,7 +18,7 @@ from swarmnode.errors import DataError, ManifestError, UserError
 from swarmnode.manifest import JobFile, Manifest, PlacementConfig, check, parse_job
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.checkpoint_files import write_folder
-from swarmnode.p2p.checkpoints import job_id_of
+from swarmnode.p2p.checkpoints import OptimizerState, job_id_of
 from swarmnode.p2p.states import TensorIndex
 from swarmnode.tokenizer import write_byte_tokenizer
 
@@ -166,6 +166,27 @@ def test_what_does_not_fit_is_refused_in_one_line(
         world.prepare(**changes)
     assert says in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_local_steps_go_on_from_what_local_steps_left_and_from_nothing_else(world: World) -> None:
+    world.exported(step=20)
+    with pytest.raises(ManifestError, match=r"without codecs.sync, whose optimizer has another"):
+        world.prepare(codecs={"sync": "diloco"})
+    (world.folder / "saved").rename(world.folder / "old")
+    scratch = BlobStore(world.folder / "scratch-blobs")
+    outer = OptimizerState(kind="outer", step=20)
+    atoms = make.state(scratch, make.WEIGHTS, ("", "::outer_momentum"))
+    world.exported(step=20, atoms=atoms, optimizer=outer)
+    prepared = world.prepare(codecs={"sync": "diloco"})
+    assert prepared.manifest.start_step == 20
+    assert world.stored == tuple(sorted(make.WEIGHTS))
+    with pytest.raises(ManifestError, match=r"with codecs.sync, whose optimizer has another"):
+        world.prepare()
+    (world.folder / "saved").rename(world.folder / "older")
+    bare = tuple(atom for atom in atoms if "::" not in atom.name)
+    world.exported(step=20, atoms=bare, optimizer=outer)  # an outer step without a momentum
+    (note,) = world.prepare(codecs={"sync": "sparseloco"}).notes
+    assert "codecs.sync" in note
 
 
 def test_weights_without_moments_are_not_trained_on_as_if_they_had_some(world: World) -> None:

@@ -17,7 +17,7 @@ from swarmnode.p2p.checkpoints import (
     job_id_of,
 )
 from swarmnode.p2p.identity import Identity
-from swarmnode.p2p.states import MOMENT_SUFFIXES, IndexedTensor
+from swarmnode.p2p.states import ADAMW_SUFFIXES, IndexedTensor
 
 SIGNER = Identity(b"s" * 32)
 CONFIG = {"model_type": "llama", "vocab_size": 300}
@@ -36,13 +36,16 @@ def tensor(store: BlobStore, name: str, shape: tuple[int, ...]) -> IndexedTensor
     return IndexedTensor(name, "F32", shape, tuple(store.put(piece) for piece in pieces))
 
 
-def state(store: BlobStore, weights: dict[str, tuple[int, ...]]) -> tuple[IndexedTensor, ...]:
+def state(
+    store: BlobStore,
+    weights: dict[str, tuple[int, ...]],
+    suffixes: tuple[str, ...] = ("", *ADAMW_SUFFIXES),
+) -> tuple[IndexedTensor, ...]:
     """Weights and their moments, sorted by name."""
-    names = [(name + suffix, shape) for name, shape in weights.items() for suffix in SUFFIXES]
+    names = [(name + suffix, shape) for name, shape in weights.items() for suffix in suffixes]
     return tuple(tensor(store, name, shape) for name, shape in sorted(names))
 
 
-SUFFIXES = ("", *MOMENT_SUFFIXES)
 WEIGHTS: dict[str, tuple[int, ...]] = {
     "embed.weight": (5, 4),
     "layers.0.w": (4, 4),

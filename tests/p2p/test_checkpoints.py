@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swarmnode.domain import BlobRef, LinkPreset, PeerId
 from swarmnode.errors import DataError
 from swarmnode.p2p.blob_store import BlobStore
-from swarmnode.p2p.checkpoints import Checkpoint, hash_weights, merge
+from swarmnode.p2p.checkpoints import Checkpoint, OptimizerState, hash_weights, merge
 from swarmnode.p2p.states import IndexedTensor, TensorIndex
 
 
@@ -137,6 +137,20 @@ def test_weights_without_any_moments_are_a_state_too_but_not_half_of_them(
     assert Checkpoint.parse(make.checkpoint(store, atoms=bare).to_bytes()).is_authentic
     with pytest.raises(ValueError, match="some weights have moments and some have none"):
         make.manifest(store, atoms=atoms[:-1])
+
+
+def test_an_outer_momentum_is_a_state_too_but_not_beside_other_moments(store: BlobStore) -> None:
+    outer = OptimizerState(kind="outer", step=20)
+    atoms = make.state(store, make.WEIGHTS, ("", "::outer_momentum"))
+    made = make.checkpoint(store, atoms=atoms, optimizer=outer)
+    assert Checkpoint.parse(made.to_bytes()).manifest == made.manifest
+    plain = make.state(store, make.WEIGHTS)
+    for mixed in ({*atoms[:-1]}, {*atoms, *plain}, {*plain[:3], *atoms[2:]}):
+        with pytest.raises(ValueError, match="some weights have moments and some have none"):
+            make.manifest(store, atoms=tuple(sorted(mixed, key=lambda atom: atom.name)))
+    odd = make.tensor(store, "embed.weight::x::exp_avg", (5, 4))
+    with pytest.raises(ValueError, match="the moment of no weight"):
+        make.manifest(store, atoms=tuple(sorted({*plain, odd}, key=lambda atom: atom.name)))
 
 
 # ---- merging -----------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def make_manifest(
     num_microbatches: int = 4,
     stages: int = 2,
     slots: int = 2,
+    layers: tuple[int, ...] | None = None,
     steps: int = 10,
     num_tokens: int = 5000,
     **run: Any,
@@ -116,7 +117,7 @@ def make_manifest(
         optimizer=OptimizerConfig(warmup_steps=3, clip_norm=clip_norm, weight_decay=0.1),
         batch=BatchConfig(rows=2, sequence_length=16, num_microbatches=num_microbatches),
         codecs=codecs or CodecConfig(activation="none", activation_gradient="none"),
-        placement=PlacementConfig(stages=stages, slots=slots),
+        placement=PlacementConfig(stages=stages, slots=slots, layers=layers),
         run=RunConfig(**{"steps": steps, "seed": 5, "evaluate_microbatches": 5, **run}),
         model=ModelContent(config=dict(config)),
         data=DataContent(
@@ -271,7 +272,7 @@ class Swarm:
             assert len({r.update for r in readies if r.source.stage == stage}) == 1
         squares = {group: value for r in readies for group, value in r.sums_of_squares}
         norm = math.sqrt(math.fsum(squares.values()))
-        clip = self.manifest.optimizer.clip_norm
+        clip = self.manifest.update_clip_norm
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
         for number, peer in enumerate(plan.workers()):
             generation = Generation(self.generation)

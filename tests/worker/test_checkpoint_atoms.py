@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_swarm import LLAMA, TIED, make_manifest
 
-from swarmnode.manifest import Manifest
+from swarmnode.manifest import CodecConfig, Manifest
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.checkpoints import merge
 from swarmnode.p2p.states import index_tensors, write_safetensors
@@ -35,10 +35,13 @@ def trained(manifest: Manifest, layers: tuple[int, int]) -> StageState:
     return state
 
 
+@pytest.mark.parametrize("sync", [None, "diloco"], ids=["adamw", "outer"])
 @pytest.mark.parametrize("config", [LLAMA, TIED], ids=["untied", "tied"])
-def test_a_state_cut_in_two_is_the_same_state_cut_otherwise(config: object, tmp_path: Path) -> None:
+def test_a_state_cut_in_two_is_the_same_state_cut_otherwise(
+    config: object, sync: str | None, tmp_path: Path
+) -> None:
     is_tied = config is TIED
-    manifest = make_manifest(tmp_path, TIED if is_tied else LLAMA)
+    manifest = make_manifest(tmp_path, TIED if is_tied else LLAMA, codecs=CodecConfig(sync=sync))
     store, indexes = BlobStore(tmp_path / "blobs"), []
     for stage, layers in enumerate(pairwise((0, 2, 4))):
         path = tmp_path / f"stage-{stage}.safetensors"

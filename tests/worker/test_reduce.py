@@ -155,7 +155,9 @@ def test_the_sum_does_not_depend_on_the_order_of_arrival(spec: str) -> None:
         sent = [
             (slot, part, payload)
             for slot, share in shares.items()
-            for part, payload in encode_shards(group, share, lambda _, values: codec.encode(values))
+            for part, payload in encode_shards(
+                group, slot, share, lambda _, values: codec.encode(values)
+            )
         ]
         random.Random(seed).shuffle(sent)
         reduced = ReducedGradient(group, codecs, torch.zeros(1001))

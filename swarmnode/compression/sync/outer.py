@@ -17,9 +17,9 @@ from swarmnode.sync_specs import Outer, Sync
 class OuterMomentum:
     """SGD on the anchor, with the mean difference as its gradient. Changes nothing until kept."""
 
-    def __init__(self, outer: Outer, num_values: int) -> None:
+    def __init__(self, outer: Outer, num_values: int, device: str = "cpu") -> None:
         self._outer = outer
-        self._momentum_N = torch.zeros(num_values if outer.momentum else 0)
+        self.momentum_N = torch.zeros(num_values if outer.momentum else 0, device=device)
 
     def moves(self, mean: dict[Part, Tensor]) -> tuple[dict[Part, Tensor], dict[Part, Tensor]]:
         """(by how much to lower the anchor, the momentum to keep with it), by part."""
@@ -27,7 +27,7 @@ class OuterMomentum:
         if not outer.momentum:
             return {part: outer.rate * each for part, each in mean.items()}, {}
         momentum = {
-            part: outer.momentum * self._momentum_N[part.start : part.stop] + each
+            part: outer.momentum * self.momentum_N[part.start : part.stop] + each
             for part, each in mean.items()
         }
         if outer.clip:
@@ -45,7 +45,7 @@ class OuterMomentum:
 
     def keep(self, momentum: dict[Part, Tensor]) -> None:
         for part, each in momentum.items():
-            self._momentum_N[part.start : part.stop] = each
+            self.momentum_N[part.start : part.stop] = each
 
 
 class DifferenceSync:

@@ -18,6 +18,9 @@ SLOT_BYTES_PER_WEIGHT = 4
 FEEDBACK_BYTES_PER_WEIGHT = 16
 """With error feedback, what a slot owes and what it is about to owe: for its shares, and, where it
 is the only slot, as much for the sums."""
+LOCAL_BYTES_PER_WEIGHT = 20
+"""With local steps, what a slot has of its own: weights, two moments, and those moments as the last
+commit left them."""
 ACTIVATION_FACTOR = 40
 """Kept bytes per token, layer and hidden unit while a microbatch waits for its backward pass:
 attention and MLP intermediates in float32, measured loosely from above."""
@@ -47,7 +50,10 @@ class StageNeed:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """One training step of one job, in numbers. All layers are alike."""
+    """One training step of one job, in numbers. All layers are alike.
+
+    With local steps it is one of those; `reduce_every` of them are committed as one.
+    """
 
     num_layers: int
     layer_flops: float
@@ -79,6 +85,9 @@ class Workload:
     """Of a microbatch's work in a stage."""
     reduce_every: int = 1
     """Steps between reductions, H."""
+    gathers: bool = False
+    """Whether a slot's whole share goes to every other slot, who sum alike; else to owners of
+    shards, who send the sum back."""
     staleness: int = 0
     """1: a reduction runs beside the next step and costs only what exceeds it."""
     state_bytes_per_weight: int = BYTES_PER_TRAINED_WEIGHT
@@ -123,7 +132,9 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
     head = facts.last_weights + (facts.first_weights if facts.tied else 0)
     attention = 12.0 * job.batch.sequence_length * facts.hidden_size
     boundary = (job.batch.rows, job.batch.sequence_length, facts.hidden_size)
-    owed = FEEDBACK_BYTES_PER_WEIGHT if job.codecs.keeps_residuals else 0
+    codecs, own = job.codecs, SLOT_BYTES_PER_WEIGHT
+    own += FEEDBACK_BYTES_PER_WEIGHT if codecs.keeps_residuals else 0
+    own += LOCAL_BYTES_PER_WEIGHT if codecs.local is not None else 0
     return Workload(
         num_layers=facts.num_layers,
         layer_flops=(6.0 * facts.layer_weights + attention) * tokens,
@@ -139,9 +150,11 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
         last_kept_bytes=tokens * facts.vocab_size * LOGIT_FACTOR if trains else 0,
         activation_share=wire_share(job.codecs.activation, boundary),
         activation_gradient_share=wire_share(job.codecs.activation_gradient, boundary),
-        gradient_share=wire_share(job.codecs.gradient),
+        gradient_share=wire_share(codecs.share),
+        reduce_every=codecs.num_local_steps,
+        gathers=codecs.gathers,
         state_bytes_per_weight=BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT,
-        slot_bytes_per_weight=(SLOT_BYTES_PER_WEIGHT + owed) if trains else 0,
+        slot_bytes_per_weight=own if trains else 0,
     )
 
 
@@ -207,7 +220,7 @@ def step_seconds(
     job: PlacedJob,
 ) -> float:
     """Seconds of a step without links: the busiest machine's compute, and the pipeline's ramp."""
-    per_slot = job.batch.num_microbatches // job.placement.slots
+    per_slot = job.batch.num_microbatches // job.placement.slots  # of one local step
     busiest = 0.0
     ramp = 0.0
     for peer, stages in hosted.items():

@@ -92,10 +92,14 @@ def tables_of(
 
     forward = frames(workload.activation_bytes, workload.activation_share)
     backward = frames(workload.activation_bytes, workload.activation_gradient_share)
-    reduce = frames(workload.gradient_bytes_per_weight, workload.gradient_share)
+    reduce_bytes = workload.gradient_bytes_per_weight
+    if workload.gathers:
+        reduce_bytes *= slots / 2  # the formula counts two shards for each other slot, not `slots`
+    reduce = frames(reduce_bytes, workload.gradient_share)
     wait_s = np.zeros(count)
     if coordinator is not None:
-        wait_s = topology.latency_s[:, coordinator] + topology.latency_s[coordinator, :]
+        both_ways_s = topology.latency_s[:, coordinator] + topology.latency_s[coordinator, :]
+        wait_s = both_ways_s / max(1, workload.reduce_every)
     is_allowed = np.ones((count, stages), dtype=np.bool_)
     for node, stage in (pins or {}).items():
         is_allowed[node] = np.arange(stages) == stage

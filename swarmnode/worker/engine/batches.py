@@ -83,7 +83,7 @@ def _sample_map(manifest: Manifest, train: TokenIndex) -> SampleMap:
         train.num_tokens,
         batch.sequence_length,
         batch.rows,
-        batch.num_microbatches,
+        manifest.microbatches_per_step,
         manifest.placement.slots if manifest.codecs.keeps_deltas else 1,
     )
 

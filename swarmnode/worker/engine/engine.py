@@ -48,6 +48,7 @@ from swarmnode.worker.engine.snapshots import Snapshots
 from swarmnode.worker.engine.stages import committed_update, make_stages
 from swarmnode.worker.engine.steps import Steps
 from swarmnode.worker.files import state_path
+from swarmnode.worker.training.local import LocalSlots
 from swarmnode.worker.training.log import UpdateLog
 from swarmnode.worker.training.meter import CodingMeter
 from swarmnode.worker.training.residuals import Residuals
@@ -81,7 +82,8 @@ class Engine:
         self._compute_s = 0.0
         self._sessions_first = True
         self.dropped: Counter[str] = Counter()
-        """How many messages were ignored, by reason; and residuals that were of no use."""
+        """How many messages were ignored, by reason; and what was remembered in vain."""
+        self._local = LocalSlots(self.dropped)
 
     def handle(self, message: Message | EngineMessage, payload: Payload = b"") -> None:
         """Take one message. Frames are only checked and kept; the rest is done at once."""
@@ -161,14 +163,18 @@ class Engine:
         self._held = make_stages(configure, manifest, self._held)
         self._directory = Path(configure.log_directory)
         plan = configure.plan
-        layout = (configure.job, manifest.codecs.gradient, plan.layers, plan.num_slots)
+        codecs, update_of = manifest.codecs, partial(committed_update, configure)
+        layout = (configure.job, codecs.share, plan.layers, plan.num_slots)
         before = self._residuals.num_dropped
-        self._residuals.begin(layout, configure.step, partial(committed_update, configure))
+        decay = codecs.local.decay if codecs.local is not None else 1.0
+        self._residuals.begin(layout, configure.step, update_of, decay=decay)
+        self._local.begin(layout, configure.step, plan.hosted_by(configure.peer), update_of)
         if num_dropped := self._residuals.num_dropped - before:
             self.dropped["residual"] += num_dropped
         self._setup = setup = make_setup(
-            configure, manifest, self._held, self._make_log, self._residuals, self._meter
-        )
+            configure, manifest, self._held, self._make_log, self._residuals, self._local,
+            self._meter,
+        )  # fmt: skip
         self._conversations = Conversations(setup, self._send)
         if setup.trains:
             self._steps = Steps(

@@ -17,6 +17,7 @@ from swarmnode.messages import (
 from swarmnode.worker.engine.boundaries import BoundaryRole
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
+from swarmnode.worker.models import StageModule
 from swarmnode.worker.training.expected import Boundary
 from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of
@@ -45,6 +46,7 @@ class Pipeline:
         self._evaluate = evaluate
         expected, plan = setup.expected, setup.plan
         count = expected.num_evaluation_microbatches if evaluate else expected.num_microbatches
+        self._local = None if evaluate else setup.local
         self._slots: dict[SlotId, _Slot] = {}
         for slot in sorted(setup.hosted, reverse=True):  # late stages first: they free memory
             microbatches = microbatches_of(
@@ -55,12 +57,16 @@ class Pipeline:
                 num_stages=plan.num_stages,
                 microbatches=microbatches,
                 forward_only=evaluate,
+                flush_every=len(microbatches) // self._local.num_steps if self._local else None,
             )
             self._slots[slot] = _Slot(schedule, microbatches)
         if not evaluate:
             for gradients in setup.accumulators.values():
                 for gradient in gradients.values():
                     gradient.flat.zero_()
+        if self._local is not None:
+            for slot in setup.hosted:
+                self._local.start(slot, step)
 
     def take(self, frame: Frame, payload: Payload) -> None:
         """Keep a boundary tensor, still coded, until its work is next."""
@@ -77,6 +83,8 @@ class Pipeline:
                 if work is not None and work.direction == direction:
                     self._perform(slot, work)
                     self._slots[slot].schedule.done(work)
+                    if work.direction == "backward":
+                        self._step_alone(slot)
                     return slot
         return None
 
@@ -100,7 +108,7 @@ class Pipeline:
         setup, at = self._setup, self._slots[slot]
         inputs = self._inputs(slot, microbatch)
         with torch.set_grad_enabled(not self._evaluate), setup.autocast():
-            output = setup.stages[slot.stage].module(inputs)
+            output = self._module(slot)(inputs)
         if setup.is_last(slot):
             labels_BS = self._tokens(microbatch)[:, 1:]
             output = F.cross_entropy(output.float().flatten(0, 1), labels_BS.flatten())
@@ -123,6 +131,8 @@ class Pipeline:
         inputs, output = at.graphs.pop(microbatch)
         if setup.is_last(slot):
             count = setup.expected.num_microbatches
+            if self._local is not None:  # the mean over the slot's own, of one local step
+                count = len(at.microbatches) // self._local.num_steps
             gradient = torch.full_like(output, 1.0 / count)
         else:
             payload = at.inputs.pop(("backward", microbatch))
@@ -141,9 +151,23 @@ class Pipeline:
             for gradient in self._setup.accumulators[slot].values()
             for name, view in gradient.views.items()
         }
-        parameters = self._setup.stages[slot.stage].module.parameters_by_name()
-        for name, parameter in parameters.items():
+        for name, parameter in self._module(slot).parameters_by_name().items():
             parameter.grad = views[name]
+
+    def _step_alone(self, slot: SlotId) -> None:
+        """With local steps: take one where its last microbatch is done, and end the round."""
+        local, schedule = self._local, self._slots[slot].schedule
+        if local is None or not schedule.is_flushed:
+            return
+        gradients = self._setup.accumulators[slot].values()
+        local.step(slot, gradients)
+        if schedule.is_finished:
+            local.difference(slot, gradients)
+
+    def _module(self, slot: SlotId) -> StageModule:
+        if self._local is not None:
+            return self._local.module(slot)
+        return self._setup.stages[slot.stage].module
 
     def _tokens(self, microbatch: int) -> Tensor:
         batches = self._setup.batches

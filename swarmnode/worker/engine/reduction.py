@@ -10,10 +10,12 @@ from swarmnode.messages import Frame, FrameKind
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
 from swarmnode.worker.training.fingerprint import sum_of_squares
+from swarmnode.worker.training.groups import Group
 from swarmnode.worker.training.reduce import (
     ReducedGradient,
     ShardCodecs,
     ShardSum,
+    check_norms,
     encode_shards,
 )
 from swarmnode.worker.training.residuals import Sent
@@ -46,14 +48,20 @@ class Reduction:
         self._logged: dict[int, BlobRef] = {}
 
     def share(self, slot: SlotId, losses: Losses) -> None:
-        """Send a finished slot's share of every shard of its groups to the shard's owner."""
+        """Send a finished slot's share of every shard of its groups to the shard's owner.
+
+        Of gathered groups, to everybody who holds the stage.
+        """
         for index, gradient in self._setup.accumulators[slot].items():
             group = self._groups[index]
 
             def encode(part: int, values: Tensor, index: int = index) -> Payload:
                 return self._encode(Sent("share", slot, index, part), values)
 
-            for part, payload in encode_shards(group, gradient.flat, encode):
+            for part, payload in encode_shards(group, slot, gradient.flat, encode):
+                if group.is_gathered:
+                    self._broadcast(slot, index, part, payload, losses)
+                    continue
                 owner, shape = group.owner(part), self._shape(index, part)
                 frame = self._setup.frame(
                     "gradient", self._step, slot, owner, shape,
@@ -72,7 +80,10 @@ class Reduction:
             reduced = self._reduced[frame.group]
             meter.decode("reduced", name, lambda: reduced.take(part, payload))
             self._payloads[frame.group, frame.part] = payload
-            self._losses = frame.losses or self._losses
+            if group.is_gathered:
+                self._gathered(frame)
+            else:
+                self._losses = frame.losses or self._losses
             return
         if frame.losses:
             self._by_slot[frame.source] = frame.losses
@@ -82,16 +93,34 @@ class Reduction:
             return
         del self._sums[frame.group, frame.part]
         coded = self._encode(Sent("sum", frame.target, frame.group, frame.part), total)
-        shape = self._shape(frame.group, frame.part)
-        members = [member for member in group.members if member in self._by_slot]
-        losses = tuple(loss for member in members for loss in self._by_slot[member])
-        for receiver in group.receivers(self._setup.plan):
+        losses = self._losses_of(group)
+        self._broadcast(frame.target, frame.group, frame.part, coded, losses)
+
+    def _broadcast(
+        self, source: SlotId, index: int, part: int, payload: Payload, losses: Losses
+    ) -> None:
+        shape = self._shape(index, part)
+        for receiver in self._groups[index].receivers(self._setup.plan):
             answer = self._setup.frame(
-                "reduced", self._step, frame.target, receiver, shape,
-                group=frame.group, part=frame.part, losses=losses,
+                "reduced", self._step, source, receiver, shape,
+                group=index, part=part, losses=losses,
             )  # fmt: skip
-            self._post(answer, coded)
+            self._post(answer, payload)
             hit("mid_tensor", self._step)
+
+    def _gathered(self, frame: Frame) -> None:
+        """A slot's own part has come: everybody judges what all have, as an owner does."""
+        group = self._groups[frame.group]
+        if frame.losses:
+            self._by_slot[frame.source] = frame.losses
+            self._losses = self._losses_of(group)
+        for norms in self._reduced[frame.group].norms.values():
+            if len(norms) == len(group.members):
+                check_norms(norms)
+
+    def _losses_of(self, group: Group) -> Losses:
+        members = [member for member in group.members if member in self._by_slot]
+        return tuple(loss for member in members for loss in self._by_slot[member])
 
     def is_complete(self, stage: int) -> bool:
         """Whether all reduced shards of all groups of a stage are here."""
@@ -108,6 +137,8 @@ class Reduction:
             ]
             update = self._setup.logs[stage].write(self._step, payloads)
             self._setup.residuals.logged(stage, self._step, update)
+            if self._setup.local is not None:
+                self._setup.local.logged(stage, self._step, update)
             self._logged[stage] = update
             if len(self._logged) == len(self._setup.stage_groups):
                 self._payloads.clear()  # tied ends share a group: not before both have it
@@ -138,6 +169,8 @@ class Reduction:
             }
             state.apply(views, num_steps=setup.manifest.num_steps)
         setup.residuals.committed(self._step)
+        if setup.local is not None:
+            setup.local.committed(self._step)
         if setup.deltas is not None:
             setup.deltas.commit()
 
@@ -148,7 +181,8 @@ class Reduction:
         """Code what is sent; with error feedback, also what is owed of the steps before."""
         setup, step = self._setup, self._step
         codec = self._codecs.of(self._groups[key.group], key.part)
-        kind: FrameKind = "gradient" if key.kind == "share" else "reduced"
+        is_share = key.kind == "share" and not self._groups[key.group].is_gathered
+        kind: FrameKind = "gradient" if is_share else "reduced"
         if setup.gradient.memory == "feedback":
             residuals = setup.residuals
             return setup.meter.encode(

@@ -15,7 +15,7 @@ from swarmnode.domain import Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.engine_messages import Configure
 from swarmnode.errors import DataError
 from swarmnode.fields import Losses
-from swarmnode.manifest import Manifest
+from swarmnode.manifest import CodecConfig, Manifest
 from swarmnode.messages import (
     Frame,
     FrameKind,
@@ -27,6 +27,7 @@ from swarmnode.worker.files import stage_directory
 from swarmnode.worker.training.deltas import Deltas, DeltaSizes
 from swarmnode.worker.training.expected import ExpectedFrames, Role
 from swarmnode.worker.training.groups import Group, Parameter, StageGroups, stage_groups
+from swarmnode.worker.training.local import LocalSlots, LocalSteps
 from swarmnode.worker.training.meter import CodingMeter
 from swarmnode.worker.training.reduce import FlatGradient, ShardCodecs
 from swarmnode.worker.training.residuals import Residuals
@@ -55,6 +56,8 @@ class Setup:
     gradient: CodecSpec
     """Of what is summed among the slots of a stage."""
     residuals: Residuals
+    local: LocalSteps | None
+    """Where slots train on their own between commits."""
     deltas: Deltas | None
     """Where hidden states of training travel as changes."""
     meter: CodingMeter
@@ -119,6 +122,7 @@ def make_setup(
     stages: dict[int, StageState],
     make_log: Callable[[Path], Log],
     residuals: Residuals,
+    local: LocalSlots,
     meter: CodingMeter,
 ) -> Setup:
     """Lay out gradients, frames and data for a generation whose stages are here.
@@ -129,8 +133,10 @@ def make_setup(
     hosted, held = plan.hosted_by(peer), plan.held_by(peer)
     activation = parse_spec(manifest.codecs.activation)
     boundaries = Boundaries(manifest.codecs, plan)
-    gradient = parse_spec(manifest.codecs.gradient)
-    by_stage = {s: groups_of(state, s, plan, gradient) for s, state in stages.items() if trains}
+    gradient = parse_spec(manifest.codecs.share)
+    by_stage = {
+        s: groups_of(state, s, plan, manifest.codecs) for s, state in stages.items() if trains
+    }
     groups: dict[int, Group] = {g.index: g for found in by_stage.values() for g, _ in found.groups}
     reads_data = trains and any(slot.stage in (0, plan.num_stages - 1) for slot in hosted)
     batches = Batches(manifest, Path(configure.blob_directory)) if reads_data else None
@@ -146,7 +152,7 @@ def make_setup(
         plan=plan,
         peer=peer,
         hidden_shape=hidden_shape,
-        num_microbatches=batch.num_microbatches if trains else 0,
+        num_microbatches=manifest.microbatches_per_step if trains else 0,
         num_evaluation_microbatches=(
             batches.num_evaluation_microbatches if batches else manifest.run.evaluate_microbatches
         ),
@@ -174,8 +180,8 @@ def make_setup(
     logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     return Setup(
         configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
-        boundaries, gradient, residuals, deltas, meter, batches, expected, accumulators, reduced,
-        logs,
+        boundaries, gradient, residuals, local.of(manifest, stages, device), deltas, meter, batches,
+        expected, accumulators, reduced, logs,
     )  # fmt: skip
 
 
@@ -202,8 +208,9 @@ def _keys(samples: SampleMap, step: int, microbatch: int) -> tuple[bytes, ...]:
     return tuple(start.to_bytes(8) for start in samples.sample_offsets(step, microbatch))
 
 
-def groups_of(state: StageState, stage: int, plan: Plan, gradient: CodecSpec) -> StageGroups:
+def groups_of(state: StageState, stage: int, plan: Plan, codecs: CodecConfig) -> StageGroups:
     """The reduction groups of a stage, from the names and shapes of its parameters."""
+    gradient = parse_spec(codecs.share)
     is_coarse = for_size(gradient, 0) != gradient
     shapes = {name: tuple(p.shape) for name, p in state.module.parameters_by_name().items()}
     return stage_groups(
@@ -213,6 +220,7 @@ def groups_of(state: StageState, stage: int, plan: Plan, gradient: CodecSpec) ->
         shapes=shapes,
         tied=state.module.tied,
         small_values=SMALL_ELEMENTS if is_coarse else 0,
+        is_gathered=codecs.gathers,
     )
 
 

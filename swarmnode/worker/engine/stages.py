@@ -30,12 +30,11 @@ def make_stages(
         if base is None:
             raise DataError(f"nothing says where stage {stage} comes from")
         state = stages[stage] = _based_on(base, configure, manifest, held.get(stage))
-        gradient = parse_spec(manifest.codecs.gradient)
         if base.replays and state.step < configure.step:
             replay(
                 state,
-                groups_of(state, stage, configure.plan, gradient),
-                gradient,
+                groups_of(state, stage, configure.plan, manifest.codecs),
+                parse_spec(manifest.codecs.share),
                 base.replays,
                 num_steps=manifest.num_steps,
                 device=configure.device,

@@ -94,7 +94,8 @@ class ExpectedFrames:
         owner = group.owner(frame.part)
         start, stop = group.shard(frame.part)
         if frame.kind == "gradient":
-            fits = frame.target == owner and frame.source in group.members
+            is_share = frame.source in group.members and not group.is_gathered
+            fits = frame.target == owner and is_share
         else:
             fits = frame.source == owner and frame.target == group.receiver(self.plan, self.peer)
         return None if fits else "slot", (stop - start,)

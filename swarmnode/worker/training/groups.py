@@ -9,7 +9,7 @@ share of the bytes and a large one of the damage.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swarmnode.domain import PeerId, Plan, SlotId
 
@@ -36,7 +36,9 @@ class Group:
     """Slots whose gradients are summed, shard by shard.
 
     The flat gradient has one near-equal shard for each member, or some multiple of that where
-    shards would be too large for a message; shard i is owned by members[i % len(members)].
+    shards would be too large for a message; shard i is owned by members[i % len(members)]. Where
+    it is gathered, nobody sums for others: part i is what members[i % len(members)] has of the
+    whole, or of a near-equal piece of it; the parts of a piece follow each other.
     """
 
     index: int
@@ -44,19 +46,35 @@ class Group:
     num_values: int
     is_small: bool = False
     """Whether it is made of small parameters, which bear no coarse codec."""
+    is_gathered: bool = False
+    """Whether each member sends all that it has to everybody, who sum alike."""
 
     @property
     def num_parts(self) -> int:
         count = len(self.members)
+        if self.is_gathered:
+            return count * self._num_pieces
         return count * max(1, -(-self.num_values // (count * MAX_SHARD_VALUES)))
 
+    @property
+    def _num_pieces(self) -> int:
+        return max(1, -(-self.num_values // MAX_SHARD_VALUES))
+
     def owner(self, part: int) -> SlotId:
-        """Who sums shard `part`."""
+        """Who sums shard `part`; or whose it is."""
         return self.members[part % len(self.members)]
+
+    def parts_of(self, slot: SlotId) -> range:
+        """What a member codes: its share of every shard; or its own parts."""
+        if self.is_gathered:
+            return range(self.members.index(slot), self.num_parts, len(self.members))
+        return range(self.num_parts)
 
     def shard(self, part: int) -> tuple[int, int]:
         """The half-open range of shard `part`; sizes differ by at most one."""
         count = self.num_parts
+        if self.is_gathered:
+            part, count = part // len(self.members), self._num_pieces
         return self.num_values * part // count, self.num_values * (part + 1) // count
 
     def receiver(self, plan: Plan, peer: PeerId) -> SlotId | None:
@@ -96,6 +114,7 @@ def stage_groups(
     shapes: Mapping[str, Sequence[int]],
     tied: Mapping[str, str],
     small_values: int = 0,
+    is_gathered: bool = False,
 ) -> StageGroups:
     """The groups of `stage`, whose parameters have `shapes` by canonical name.
 
@@ -117,7 +136,7 @@ def stage_groups(
     if rest:
         members, index = found[0][0].members, num_stages + 1 + stage
         found.append((Group(index, members, _num_values(rest), is_small=True), rest))
-    return StageGroups(tuple(found))
+    return StageGroups(tuple((replace(g, is_gathered=is_gathered), own) for g, own in found))
 
 
 def _layout(shapes: Mapping[str, Sequence[int]]) -> tuple[Parameter, ...]:

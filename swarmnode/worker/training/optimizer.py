@@ -1,6 +1,7 @@
 """AdamW over one stage's parameters, deterministic: the same gradients give the same bits."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from swarmnode.manifest import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for each parameter; in files, tensor `NAME::exp_avg` belongs to `NAME`."""
+
+
+class Optimizer(Protocol):
+    """What a stage's committed updates are applied with, and what of it belongs to the state."""
+
+    moment_names: tuple[str, ...]
+
+    def apply(self, gradients: Mapping[str, Tensor], *, step: int, num_steps: int) -> None: ...
+    def moments(self) -> dict[str, Tensor]: ...
+    def set_state(self, step: int, moments: Mapping[str, Tensor]) -> None: ...
 
 
 class StageOptimizer:
@@ -25,6 +36,7 @@ class StageOptimizer:
         self._config = config
         matrices = [p for p in self._parameters.values() if p.ndim >= 2]
         others = [p for p in self._parameters.values() if p.ndim < 2]
+        self.moment_names: tuple[str, ...] = MOMENTS
         self._adamw = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},

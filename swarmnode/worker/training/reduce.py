@@ -50,10 +50,10 @@ class FlatGradient:
 
 
 def encode_shards(
-    group: Group, flat: Tensor, encode: Callable[[int, Tensor], Payload]
+    group: Group, slot: SlotId, flat: Tensor, encode: Callable[[int, Tensor], Payload]
 ) -> Iterator[tuple[int, Payload]]:
-    """Yield (part, payload) of one slot's share of every shard; `encode` gets both as well."""
-    for part in range(group.num_parts):
+    """Yield (part, payload) of what one slot sends; `encode` gets the part and its values."""
+    for part in group.parts_of(slot):
         start, stop = group.shard(part)
         yield part, encode(part, flat[start:stop])
 
@@ -116,19 +116,42 @@ def check_norms(norms: Mapping[SlotId, float]) -> None:
 
 
 class ReducedGradient:
-    """A group's summed gradient as this node receives it, shard by shard."""
+    """A group's summed gradient as this node receives it, shard by shard.
+
+    Of a gathered group it receives what each slot has, and adds it up in the order of the slots;
+    what comes early waits undecoded.
+    """
 
     def __init__(self, group: Group, codecs: ShardCodecs, flat: Tensor) -> None:
         self._group = group
         self._codecs = codecs
         self._flat = flat
         self._missing = set(range(group.num_parts))
+        self._waiting: dict[int, Payload] = {}
+        self.norms: dict[int, dict[SlotId, float]] = {}
+        """Of a gathered group: by where a piece starts, the norm of each slot's part of it."""
 
     def take(self, part: int, payload: Payload) -> None:
         """Decode shard `part` in its place. Raises: CodecError if it does not decode."""
-        start, stop = self._group.shard(part)
-        codec, device = self._codecs.of(self._group, part), str(self._flat.device)
-        self._flat[start:stop] = codec.decode(payload, (stop - start,), device=device)
+        if not self._group.is_gathered:
+            self._put(part, payload)
+            return
+        self._waiting[part] = payload
+        while self._missing and (next_part := min(self._missing)) in self._waiting:
+            self._put(next_part, self._waiting.pop(next_part))
+
+    def _put(self, part: int, payload: Payload) -> None:
+        group, device = self._group, str(self._flat.device)
+        start, stop = group.shard(part)
+        values = self._codecs.of(group, part).decode(payload, (stop - start,), device=device)
+        owner = group.owner(part)
+        if group.is_gathered:
+            norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+            self.norms.setdefault(start, {})[owner] = norm
+        if group.is_gathered and owner != group.members[0]:
+            self._flat[start:stop] += values
+        else:
+            self._flat[start:stop] = values
         self._missing.discard(part)
 
     @property

@@ -50,6 +50,7 @@ class Residuals:
         self._logged: dict[int, BlobRef] = {}
         """By stage: the update of that step, as it was logged here."""
         self._num_dropped = 0
+        self._decay = 1.0
 
     @property
     def num_dropped(self) -> int:
@@ -64,7 +65,8 @@ class Residuals:
         """The bytes of `tensor` and of what is owed. Raises: CodecError if they cannot be coded."""
         assert step == self._step or not self._open, "one step at a time"
         self._step = step
-        feedback = self._by_tensor.setdefault(key, ErrorFeedback(max_absence=1))
+        decay = self._decay if key.kind == "share" else 1.0
+        feedback = self._by_tensor.setdefault(key, ErrorFeedback(decay=decay, max_absence=1))
         pending = feedback.prepare(tensor, step)
         try:
             payload = codec.encode(pending.tensor)
@@ -90,13 +92,21 @@ class Residuals:
         self._end(lambda _: True)
         self._drop_all_but(step)
 
-    def begin(self, layout: object, step: int, update_of: Callable[[int], BlobRef | None]) -> None:
+    def begin(
+        self,
+        layout: object,
+        step: int,
+        update_of: Callable[[int], BlobRef | None],
+        *,
+        decay: float = 1.0,
+    ) -> None:
         """A generation begins with `step`; only a residual of the step before it is of use.
 
         `layout` is equal where shards mean the same values. `update_of` names a stage's committed
         update of the step before: where it is the one that was logged here, the step that was
-        interrupted is the one that was committed.
+        interrupted is the one that was committed. What a share owes shrinks by `decay` each step.
         """
+        self._decay = decay
         if layout != self._layout:
             self._drop(set(self._by_tensor))
             self._layout = layout

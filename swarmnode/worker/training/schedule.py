@@ -31,7 +31,9 @@ class SlotSchedule:
         num_stages: int,
         microbatches: Sequence[int],
         forward_only: bool = False,
+        flush_every: int | None = None,
     ) -> None:
+        """`flush_every`: so many microbatches are all backward before the next one is forward."""
         self._microbatches = tuple(microbatches)
         self._is_last = stage == num_stages - 1
         self._forward_only = forward_only
@@ -40,6 +42,7 @@ class SlotSchedule:
         self._gradients = set[int]()
         self._num_forward = 0
         self._num_backward = 0
+        self._flush_every = flush_every or max(1, len(self._microbatches))
 
     def wants(self, direction: Direction, microbatch: int) -> bool:
         """Whether the input of this work belongs to the slot and has not arrived before."""
@@ -58,6 +61,9 @@ class SlotSchedule:
             if microbatch in self._gradients:
                 return Work("backward", microbatch)
         in_flight = 0 if self._forward_only else self._num_forward - self._num_backward
+        group = self._num_forward // self._flush_every
+        if not self._forward_only and group > self._num_backward // self._flush_every:
+            return None
         if self._num_forward < len(self._microbatches) and in_flight < self._depth:
             microbatch = self._microbatches[self._num_forward]
             if microbatch in self._activations:
@@ -73,6 +79,11 @@ class SlotSchedule:
         self._num_forward += 1
         if self._is_last and not self._forward_only:
             self._gradients.add(work.microbatch)  # the loss is its own gradient
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether a whole group has just been backward."""
+        return self._num_backward % self._flush_every == 0
 
     @property
     def is_finished(self) -> bool:

@@ -1,7 +1,7 @@
 """The state of one stage: weights and moments after so many committed steps, and its files.
 
 In a file, the weight `NAME` is tensor `NAME`, its moments are `NAME::exp_avg` and
-`NAME::exp_avg_sq`. Everything is float32.
+`NAME::exp_avg_sq`, or with local steps `NAME::outer_momentum`. Everything is float32.
 """
 
 import time
@@ -18,7 +18,8 @@ from swarmnode.manifest import Manifest
 from swarmnode.tensorfiles import TensorSpan, read_bytes, read_header
 from swarmnode.worker.models import StageModule, build_stage, initialize, load_tensors
 from swarmnode.worker.training.fingerprint import digest
-from swarmnode.worker.training.optimizer import MOMENTS, StageOptimizer
+from swarmnode.worker.training.optimizer import Optimizer, StageOptimizer
+from swarmnode.worker.training.outer import OuterOptimizer
 
 _MOMENT_MARK = "::"
 
@@ -28,7 +29,7 @@ class StageState:
     """One stage as a node holds it. `step` is -1 while an update is under way or was cut off."""
 
     module: StageModule
-    optimizer: StageOptimizer | None
+    optimizer: Optimizer | None
     step: int
     copying: Future[None] | None = None
     """The copy of this state that is being made aside; no update before it is done."""
@@ -84,8 +85,14 @@ def loaded_state(
     load_tensors(state.module, weights)
     state.step = step
     if state.optimizer is not None:
-        state.optimizer.set_state(step, _moments(state.module, spans))
+        state.optimizer.set_state(step, _moments(state, spans))
     return state
+
+
+def local_state(manifest: Manifest, layers: tuple[int, int], device: str) -> StageState:
+    """What a slot that trains on its own has for itself: no values yet, moments of zero."""
+    module = build_stage(manifest.model.config, layers=layers, device=device)
+    return StageState(module, StageOptimizer(module.parameters_by_name(), manifest.optimizer), 0)
 
 
 def _empty_state(manifest: Manifest, layers: tuple[int, int], device: str) -> StageState:
@@ -93,16 +100,23 @@ def _empty_state(manifest: Manifest, layers: tuple[int, int], device: str) -> St
     is_half = not trains and manifest.run.compute == "bfloat16"
     dtype = torch.bfloat16 if is_half else torch.float32
     module = build_stage(manifest.model.config, layers=layers, dtype=dtype, device=device)
-    parameters = module.parameters_by_name()
-    optimizer = StageOptimizer(parameters, manifest.optimizer) if trains else None
-    return StageState(module, optimizer, 0)
+    return StageState(module, _optimizer(manifest, module) if trains else None, 0)
 
 
-def _moments(module: StageModule, spans: Mapping[str, TensorSpan]) -> dict[str, Tensor]:
+def _optimizer(manifest: Manifest, module: StageModule) -> Optimizer:
+    sync, parameters = manifest.codecs.local, module.parameters_by_name()
+    if sync is None:
+        return StageOptimizer(parameters, manifest.optimizer)
+    return OuterOptimizer(parameters, sync.outer, manifest.placement.slots)
+
+
+def _moments(state: StageState, spans: Mapping[str, TensorSpan]) -> dict[str, Tensor]:
     """Read the moments of the stage's parameters; a tied head has those of its embedding."""
     found: dict[str, Tensor] = {}
+    module, optimizer = state.module, state.optimizer
+    assert optimizer is not None
     for name, parameter in module.parameters_by_name().items():
-        for moment in MOMENTS:
+        for moment in optimizer.moment_names:
             stored = f"{name}{_MOMENT_MARK}{moment}"
             if stored not in spans and name in module.tied:
                 stored = f"{module.tied[name]}{_MOMENT_MARK}{moment}"
