@@ -47,8 +47,10 @@ ActivationGradientCodecName = Annotated[str, _codec_name()]
 GradientCodecName = Annotated[str, _codec_name("feedback")]
 
 
-def _sync_name(text: str) -> str:
+def _sync_name(text: str | None) -> str | None:
     """The one text of a sync that training can run. Raises: ValueError with what it cannot."""
+    if text is None:
+        return None
     try:
         sync = parse_sync(text)
     except ManifestError as error:
@@ -69,7 +71,7 @@ def _sync_name(text: str) -> str:
     return str(replace(sync, reply=""))
 
 
-SyncName = Annotated[str, AfterValidator(_sync_name)]
+SyncName = Annotated[str | None, AfterValidator(_sync_name)]
 
 
 class CodecConfig(Section):
@@ -83,7 +85,7 @@ class CodecConfig(Section):
     """Codec of their gradients, back from stage to stage."""
     gradient: GradientCodecName = "none"
     """Codec of parameter gradients, among the slots of a stage; may end in +ef."""
-    sync: SyncName | None = None
+    sync: SyncName = None
     """Instead of gradients: local steps, then one exchange; as diloco,every=30; compression.md."""
     delta_cache_bytes: int = Field(default=DELTA_CACHE_BYTES, ge=0, le=1 << 50)
     """With aq/: memory for hidden states, at each end of each boundary of each slot."""

@@ -69,7 +69,7 @@ def test_it_is_what_whole_models_do_that_train_alone_and_meet(
         plain.round(number)
         other.round(number)
     assert [r.loss for r in rounds] == pytest.approx(plain.losses, abs=2e-4)
-    assert distance(swarm.weights(), plain) < 1e-3
+    assert distance(swarm.weights(), plain) < (1e-3 if deterministic else 1e-5)
     assert distance(swarm.weights(), other) > 0.1, "the moments outlast rounds, or do not"
     assert rounds[-1].loss < rounds[0].loss - 0.1
 
