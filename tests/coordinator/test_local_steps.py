@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from swarmnode.coordinator.cost.needs import workload_of
+from swarmnode.coordinator.cost.needs import token_workload, workload_of
 from swarmnode.coordinator.cost.training import tables_of
+from swarmnode.coordinator.objective import Effort
 from swarmnode.coordinator.outlook import Outlook
 from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.recovery import snapshot_every
+from swarmnode.coordinator.solver.live import improve
 from swarmnode.coordinator.submission import prepare
 from swarmnode.coordinator.votes import DisagreementError, Votes
 from swarmnode.domain import BlobRef, Generation, ModelFacts, PeerId, Plan, SlotId
@@ -108,6 +110,29 @@ def test_a_round_should_take_as_long_as_its_steps() -> None:
     assert one is not None
     assert ten is not None
     assert 3 * one < ten < 10 * one, "ten times the computing, one exchange"
+
+
+def test_the_solver_prices_a_round_as_the_ledger_counts_it() -> None:
+    """What it says a step takes, and cannot take less than, is of all its local steps."""
+    found = []
+    for sync in ("diloco,every=1", "diloco,every=10"):
+        outlook = Outlook(FACTS, job(sync), PeerId("a"))
+        peers = [advert(name) for name in "abcd"]
+        request = outlook.request(PLAN, peers, serves=False, calm_s=60.0)
+        found.append(improve(request, Effort(moves=50)))
+    one, ten = found
+    assert one.current_s is not None
+    assert ten.current_s is not None
+    assert 3 * one.current_s < ten.current_s < 10 * one.current_s
+    assert ten.decision.cost_s <= ten.current_s * (1 + 1e-9)
+    assert one.decision.bound_s is not None
+    assert ten.decision.bound_s is not None
+    assert one.decision.bound_s < ten.decision.bound_s <= ten.decision.cost_s * (1 + 1e-9)
+
+
+def test_serving_is_the_same_work_whatever_trained_the_weights() -> None:
+    plain, rounds = (token_workload(FACTS, job(sync)) for sync in (None, "diloco,every=10"))
+    assert rounds.reduce_every == plain.reduce_every == 1
 
 
 def test_what_a_machine_computed_in_a_round_is_that_of_all_its_steps() -> None:

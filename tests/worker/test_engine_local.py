@@ -211,9 +211,14 @@ def test_what_is_owed_shrinks_from_round_to_round(blobs: Path) -> None:
     assert rounds[0][1].hashes != rounds[1][1].hashes
 
 
-@pytest.mark.parametrize("sync", [DILOCO, SPARSE])
-def test_who_did_not_hear_of_a_commit_applies_the_logged_update(sync: str, blobs: Path) -> None:
-    manifest = manifest_of(blobs, sync, WIDE)
+@pytest.mark.parametrize(
+    ("sync", "pinned"),
+    [(DILOCO, {}), (DILOCO, {"deterministic": True, "layers": (2, 2)}), (SPARSE, {})],
+)
+def test_who_did_not_hear_of_a_commit_applies_the_logged_update(
+    sync: str, pinned: dict[str, Any], blobs: Path
+) -> None:
+    manifest = manifest_of(blobs, sync, WIDE, **pinned)
     swarm = started(manifest, blobs)
     rounds = [swarm.step(0)]
     swarm.begin(1)

@@ -175,6 +175,7 @@ def token_workload(facts: ModelFacts, job: PlacedJob) -> Workload:
         gradient_bytes_per_weight=0.0,
         kept_bytes_per_layer=0,
         last_kept_bytes=0,
+        reduce_every=1,
         backward_share=0.0,
         touched_bytes_per_weight=4.0,
     )
@@ -220,7 +221,7 @@ def step_seconds(
     job: PlacedJob,
 ) -> float:
     """Seconds of a step without links: the busiest machine's compute, and the pipeline's ramp."""
-    per_slot = job.batch.num_microbatches // job.placement.slots  # of one local step
+    per_slot = job.microbatches_per_step // job.placement.slots
     busiest = 0.0
     ramp = 0.0
     for peer, stages in hosted.items():

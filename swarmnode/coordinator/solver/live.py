@@ -78,8 +78,14 @@ def improve(request: ImproveRequest, effort: Effort) -> Improvement:
     previous = charges(now, topology, state_bytes, num_steps)
     solution = solve(objective, previous=previous, effort=effort)
     new = repaired(solution.arrangement, previous)
+    decision = _decision(solution, new, previous, topology.names, objective.explain(new))
+    if not request.serves:  # a committed step may be a round of what was priced
+        every = job.codecs.num_local_steps
+        bound_s = None if decision.bound_s is None else every * decision.bound_s
+        decision = replace(decision, cost_s=every * decision.cost_s, bound_s=bound_s)
+        current_s *= every
     return Improvement(
-        decision=_decision(solution, new, previous, topology.names, objective.explain(new)),
+        decision=decision,
         current_s=current_s if math.isfinite(current_s) else None,
         move_s=move_seconds(now, new, topology, state_bytes),
     )

@@ -168,7 +168,10 @@ class Engine:
         before = self._residuals.num_dropped
         decay = codecs.local.decay if codecs.local is not None else 1.0
         self._residuals.begin(layout, configure.step, update_of, decay=decay)
-        self._local.begin(layout, configure.step, plan.hosted_by(configure.peer), update_of)
+        self._local.begin(
+            layout, configure.step, plan.hosted_by(configure.peer), update_of,
+            keeps=not manifest.run.deterministic,
+        )  # fmt: skip
         if num_dropped := self._residuals.num_dropped - before:
             self.dropped["residual"] += num_dropped
         self._setup = setup = make_setup(

@@ -72,6 +72,7 @@ class LocalSlots:
         self._dropped = dropped
         self._layout: object = None
         self._slots: dict[SlotId, _Slot] = {}
+        self._keeps = True
         self._logged: dict[int, tuple[int, BlobRef]] = {}
         """By stage: the newest step whose update was logged here, and the update."""
 
@@ -81,11 +82,15 @@ class LocalSlots:
         step: int,
         hosted: Collection[SlotId],
         update_of: Callable[[int], BlobRef | None],
+        *,
+        keeps: bool,
     ) -> None:
         """A generation begins with `step`; other slots than the `hosted` are forgotten.
 
-        `layout` and `update_of` are as in `Residuals.begin`.
+        `layout` and `update_of` are as in `Residuals.begin`. `keeps`: whether moments outlast a
+        round at all; not where bits must not depend on who was lost.
         """
+        self._keeps = keeps
         if layout != self._layout:
             self._slots.clear()
             self._layout = layout
@@ -94,7 +99,7 @@ class LocalSlots:
         for at, slot in self._slots.items():
             logged = self._logged.get(at.stage)
             was_open = slot.step == step - 1 and slot.kept_step != slot.step
-            if was_open and logged == (step - 1, update_of(at.stage)):
+            if keeps and was_open and logged == (step - 1, update_of(at.stage)):
                 slot.keep()
         self._logged.clear()
 
@@ -120,13 +125,13 @@ class LocalSlots:
     def began(self, slot: _Slot, *, is_first: bool) -> None:
         """Put a slot where its round begins, and count what it has to do without."""
         slot.go_back()
-        self._dropped["moments"] += slot.num_steps == 0 and not is_first
-        if not self._dropped["moments"]:
-            del self._dropped["moments"]
+        if self._keeps and slot.num_steps == 0 and not is_first:
+            self._dropped["moments"] += 1
 
     def committed(self, step: int) -> None:
+        """The round of `step` is over: its moments are those to go on from."""
         for slot in self._slots.values():
-            if slot.step == step:
+            if self._keeps and slot.step == step:
                 slot.keep()
 
 
@@ -148,11 +153,6 @@ class LocalSteps:
         """In a round, H."""
         return self.manifest.codecs.num_local_steps
 
-    @property
-    def keeps_moments(self) -> bool:
-        """Not where the bits must not depend on who was lost."""
-        return not self.manifest.run.deterministic
-
     def start(self, at: SlotId, step: int) -> None:
         """A round begins, perhaps again: at the anchor."""
         anchor = self.anchors[at.stage]
@@ -162,8 +162,7 @@ class LocalSteps:
             own = slot.state.module.tensors_by_name()
             for name, tensor in anchor.module.tensors_by_name().items():
                 own[name].copy_(tensor)
-        is_first = step == self.manifest.start_step or not self.keeps_moments
-        self.slots.began(slot, is_first=is_first)
+        self.slots.began(slot, is_first=step == self.manifest.start_step)
 
     def module(self, at: SlotId) -> StageModule:
         """The stage with the slot's own weights."""
@@ -200,9 +199,7 @@ class LocalSteps:
         self.slots.logged(stage, step, update)
 
     def committed(self, step: int) -> None:
-        """The round is over: its moments are those to go on from, where they are kept at all."""
-        if self.keeps_moments:
-            self.slots.committed(step)
+        self.slots.committed(step)
 
     def _slot(self, at: SlotId) -> _Slot:
         return self.slots.slot(
