@@ -64,6 +64,8 @@ class NodeConfig(BaseSettings):
     """Most seconds that a node which is asked to stop takes to give its slots to others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where jobs compute: cuda, cpu, or cuda where there is one."""
+    trace: bool = False
+    """Write where time goes to files in the folder trace of the home; they grow without end."""
 
     @field_validator("memory_bytes", mode="before")
     @classmethod

@@ -51,6 +51,8 @@ class Configure:
     log_directory: str
     num_threads: int
     device: str
+    trace_directory: str = ""
+    """Where the child writes its spans; nowhere if it is empty."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from swarmnode.p2p.ports import Transport
 from swarmnode.p2p.prober import Prober
 from swarmnode.p2p.probing import Responder
 from swarmnode.p2p.switch import Switch
+from swarmnode.traces import TRACE_DIRECTORY, TraceFile, ignore_span
 from swarmnode.worker.models.tool import FactsDesk, export_model
 from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.probe import probe
@@ -81,9 +82,11 @@ class Services:
         home = config.home
         store = BlobStore(home / "blobs", durable=True)
         self._table = LinkTable()
+        traces = home / TRACE_DIRECTORY
         switch = Switch(
-            transport, group, self._count_dropped, self.metrics.add_sent, self._observe_transfer
-        )
+            transport, group, self._count_dropped, self.metrics.add_sent, self._observe_transfer,
+            on_span=TraceFile(traces / "daemon.jsonl").span if config.trace else ignore_span,
+        )  # fmt: skip
         blobs = BlobClient(transport, store, self._count_blobs, self._observe_transfer)
         chance = random.SystemRandom()
         self._prober = Prober(transport, self._table, self.peers, switch.partners, chance)
@@ -102,6 +105,7 @@ class Services:
                 on_sent=self.metrics.add_sent,
                 on_compute=self.metrics.add_compute,
                 on_coded=self.metrics.add_codings,
+                trace_directory=str(traces) if config.trace else "",
                 log=self._log,
                 links=self.link_reports,
                 verify_lease=may_coordinate,

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.errors import PeerError, PeerLostError, ProtocolError
@@ -27,6 +28,7 @@ from swarmnode.session_messages import (
     SessionFrame,
     SessionToken,
 )
+from swarmnode.traces import Fact, OnSpan, ignore_span
 from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack, unpack
 
 MAX_QUEUED_FRAMES = 1024
@@ -41,11 +43,19 @@ TensorMessage = Frame | SessionFrame | SessionToken | SessionFailed | SessionClo
 Deliver = Callable[[TensorMessage, bytes | bytearray | memoryview], Awaitable[None]]
 
 
+class _Queued(NamedTuple):
+    """A message that waits for the line."""
+
+    message: TensorMessage
+    payload: bytes | memoryview
+    queued_s: float
+
+
 @dataclass
 class _Lane:
     """What one peer is still to be sent about one job."""
 
-    queue: asyncio.Queue[tuple[TensorMessage, bytes | memoryview]]
+    queue: asyncio.Queue[_Queued]
     task: asyncio.Task[None]
 
 
@@ -74,6 +84,7 @@ class Switch:
         on_sent: Callable[[str, int], None],
         on_transfer: OnTransfer = ignore_transfer,
         clock: Callable[[], float] = time.monotonic,
+        on_span: OnSpan = ignore_span,
     ) -> None:
         """`clock` times transfers: an event loop's own may only count milliseconds."""
         self._transport = transport
@@ -82,6 +93,7 @@ class Switch:
         self._on_sent = on_sent
         self._on_transfer = on_transfer
         self._clock = clock
+        self._on_span = on_span
         self._jobs: dict[JobId, _Entry] = {}
         transport.serve(TENSOR_PROTOCOL, self._accept, max_message_bytes=MAX_TENSOR_BYTES)
 
@@ -158,13 +170,13 @@ class Switch:
             return
         lane = entry.lanes.get(peer)
         if lane is None or lane.task.done():
-            queue: asyncio.Queue[tuple[TensorMessage, bytes | memoryview]]
+            queue: asyncio.Queue[_Queued]
             queue = asyncio.Queue(MAX_QUEUED_FRAMES)
             task = self._group.create_task(
                 self._pump(entry, peer, queue), name=f"tensors to {peer}"
             )
             lane = entry.lanes[peer] = _Lane(queue, task)
-        await lane.queue.put((message, payload))
+        await lane.queue.put(_Queued(message, payload, self._clock()))
 
     def _receiver(self, plan: Plan, message: TensorMessage) -> PeerId:
         if isinstance(message, Frame | SessionFrame | SessionClose):
@@ -187,7 +199,7 @@ class Switch:
         self,
         entry: _Entry,
         peer: PeerId,
-        queue: asyncio.Queue[tuple[TensorMessage, bytes | memoryview]],
+        queue: asyncio.Queue[_Queued],
     ) -> None:
         """Send what is queued for one peer, until the stream breaks."""
         stream: Stream | None = None
@@ -198,10 +210,10 @@ class Switch:
                 peer, addresses, TENSOR_PROTOCOL, max_message_bytes=MAX_TENSOR_BYTES
             )
             while True:
-                message, payload = await queue.get()
+                message, payload, queued_s = await queue.get()
                 if not _is_current(entry, message):
                     continue
-                header = pack(message)
+                header, began_s = pack(message), self._clock()
                 async with asyncio.timeout(MIN_TIMEOUT_S + len(payload) / MIN_BYTES_PER_S):
                     if len(payload) >= LARGE_BYTES and self._clock() >= announce_s:
                         announce_s = self._clock() + ANNOUNCE_EVERY_S
@@ -211,6 +223,9 @@ class Switch:
                 num_bytes = len(header) + len(payload)
                 entry.sent[kind] = entry.sent.get(kind, 0) + num_bytes
                 self._on_sent(kind, num_bytes)
+                if isinstance(message, Frame):
+                    facts = {**_facts(message), "queued_s": queued_s, "bytes": num_bytes}
+                    self._on_span("send", began_s, self._clock(), **facts)
         except (PeerError, TimeoutError) as error:
             entry.on_broken(peer, str(error) or "takes nothing off the wire")
         finally:
@@ -246,6 +261,8 @@ class Switch:
             if not isinstance(message, TensorMessage):
                 self._on_dropped("bad_frame")
                 raise ProtocolError(f"{type(message).__name__} on a tensor stream")
+            if isinstance(message, Frame):
+                self._on_span("receive", asked_s, now_s, **_facts(message))
             await self._admit(stream.peer, message, payload)
 
     async def _admit(self, peer: PeerId, message: TensorMessage, payload: memoryview) -> None:
@@ -268,6 +285,15 @@ class Switch:
 
 def _is_current(entry: _Entry, message: TensorMessage) -> bool:
     return message.generation == entry.plan.generation >= entry.fence
+
+
+def _facts(frame: Frame) -> dict[str, Fact]:
+    """What tells a frame from all others of its job, for a trace."""
+    return {
+        "job": frame.job, "kind": frame.kind, "step": frame.step, "evaluate": frame.evaluate,
+        "source": tuple(frame.source), "target": tuple(frame.target),
+        "microbatch": frame.microbatch, "group": frame.group, "part": frame.part,
+    }  # fmt: skip
 
 
 def _sender(plan: Plan, message: Message) -> PeerId | None:

@@ -167,6 +167,7 @@ class ChildHost:
                 log_directory=str(self._keeper.directory),
                 num_threads=1 if self._manifest.run.deterministic else tools.num_threads,
                 device=tools.device,
+                trace_directory=tools.trace_directory,
             )
             self._handoffs = {stage: taken for stage, (taken, _) in planned.items()}
             self._is_configuring = True

@@ -49,6 +49,8 @@ class HostTools:
     on_sent: Callable[[str, int], None]
     on_compute: Callable[[float], None]
     on_coded: Callable[[Iterable[Coding]], None] = _ignore_codings
+    trace_directory: str = ""
+    """Where worker children write where their time goes; empty for nowhere."""
     log: Callable[..., None] = _ignore_log
     links: Callable[[], tuple[LinkReport, ...]] = tuple
     """What this node has measured of its links."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -39,6 +40,7 @@ from swarmnode.session_messages import (
     SessionClose,
     SessionFrame,
 )
+from swarmnode.traces import Fact, TraceFile
 from swarmnode.worker.engine.conversations import Conversations
 from swarmnode.worker.engine.pipeline import Pipeline
 from swarmnode.worker.engine.ports import Log, Send
@@ -78,7 +80,8 @@ class Engine:
         self._directory = Path()
         self._snapshots = Snapshots()
         self._residuals = Residuals()
-        self._meter = CodingMeter()
+        self._meter = CodingMeter(on_span=self._span)
+        self._trace: TraceFile | None = None
         self._compute_s = 0.0
         self._sessions_first = True
         self.dropped: Counter[str] = Counter()
@@ -113,6 +116,8 @@ class Engine:
     def close(self) -> None:
         """Finish the files that are being written."""
         self._snapshots.close()
+        if self._trace is not None:
+            self._trace.close()
 
     def _dispatch(
         self,
@@ -131,15 +136,16 @@ class Engine:
         elif isinstance(message, Begin):
             self._steps.begin(message)
         else:
-            started_s = time.perf_counter()
+            started_s = time.monotonic()
             self._steps.commit(message)
+            self._span("apply", started_s, time.monotonic(), step=message.step)
             self._count(started_s)
         return True
 
     def _work(self) -> bool:
         if self._setup is None:
             return False
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         sources = [self._conversations, self._steps]
         if not self._sessions_first:
             sources.reverse()
@@ -162,6 +168,9 @@ class Engine:
         self._held = {stage: self._held[stage] for stage in sorted(kept & set(self._held))}
         self._held = make_stages(configure, manifest, self._held)
         self._directory = Path(configure.log_directory)
+        if configure.trace_directory and self._trace is None:
+            name = f"worker-{configure.job}-{os.getpid()}.jsonl"
+            self._trace = TraceFile(Path(configure.trace_directory) / name)
         plan = configure.plan
         codecs, update_of = manifest.codecs, partial(committed_update, configure)
         layout = (configure.job, codecs.share, plan.layers, plan.num_slots)
@@ -176,7 +185,7 @@ class Engine:
             self.dropped["residual"] += num_dropped
         self._setup = setup = make_setup(
             configure, manifest, self._held, self._make_log, self._residuals, self._local,
-            self._meter,
+            self._meter, self._span,
         )  # fmt: skip
         self._conversations = Conversations(setup, self._send)
         if setup.trains:
@@ -265,6 +274,10 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _span(self, what: str, began_s: float, ended_s: float, /, **facts: Fact) -> None:
+        if self._trace is not None:
+            self._trace.span(what, began_s, ended_s, **facts)
+
     def _send_result(self, message: Message | EngineMessage, payload: Payload) -> None:
         """Send what a step gives; reports go behind the time that they cost."""
         if isinstance(message, Ready | Evaluated):
@@ -272,7 +285,7 @@ class Engine:
         self._send(message, payload)
 
     def _count(self, started_s: float) -> None:
-        self._compute_s += time.perf_counter() - started_s
+        self._compute_s += time.monotonic() - started_s
         self._report_busy(1.0)
 
     def _report_busy(self, at_least_s: float) -> None:

@@ -3,6 +3,7 @@
 Letters: B rows, S positions, D hidden width, V vocabulary.
 """
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -99,10 +100,15 @@ class Pipeline:
         return tuple(float(loss) for loss in self._slots[slot].losses)
 
     def _perform(self, slot: SlotId, work: Work) -> None:
+        began_s = time.monotonic()
         if work.direction == "backward":
             self._backward(slot, work.microbatch)
         else:
             self._forward(slot, work.microbatch)
+        self._setup.on_span(
+            work.direction, began_s, time.monotonic(), step=self._step, evaluate=self._evaluate,
+            slot=tuple(slot), microbatch=work.microbatch,
+        )  # fmt: skip
 
     def _forward(self, slot: SlotId, microbatch: int) -> None:
         setup, at = self._setup, self._slots[slot]

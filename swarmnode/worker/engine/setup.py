@@ -20,6 +20,7 @@ from swarmnode.messages import (
     Frame,
     FrameKind,
 )
+from swarmnode.traces import OnSpan, ignore_span
 from swarmnode.worker.engine.batches import Batches, sample_map
 from swarmnode.worker.engine.boundaries import Boundaries
 from swarmnode.worker.engine.ports import Log
@@ -70,6 +71,8 @@ class Setup:
     """Per group: the summed gradient of the step at hand, with views for every stage held."""
     logs: Mapping[int, Log]
     """Where each stage's updates go."""
+    on_span: OnSpan = ignore_span
+    """Takes where the time of computing goes."""
 
     @property
     def generation(self) -> Generation:
@@ -124,6 +127,7 @@ def make_setup(
     residuals: Residuals,
     local: LocalSlots,
     meter: CodingMeter,
+    on_span: OnSpan = ignore_span,
 ) -> Setup:
     """Lay out gradients, frames and data for a generation whose stages are here.
 
@@ -181,7 +185,7 @@ def make_setup(
     return Setup(
         configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
         boundaries, gradient, residuals, local.of(manifest, stages, device), deltas, meter, batches,
-        expected, accumulators, reduced, logs,
+        expected, accumulators, reduced, logs, on_span,
     )  # fmt: skip
 
 

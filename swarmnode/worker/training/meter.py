@@ -12,6 +12,7 @@ from torch import Tensor
 from swarmnode.codings import Coding, total
 from swarmnode.compression.codec import Payload
 from swarmnode.messages import FrameKind
+from swarmnode.traces import OnSpan, ignore_span
 
 MEASURE_EVERY = 32
 """Of so many tensors of a kind and codec, the error of one is measured: it is decoded for that."""
@@ -23,8 +24,11 @@ ResultT = TypeVar("ResultT")
 class CodingMeter:
     """All coding of one process since it was last asked. `clock` gives seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, on_span: OnSpan = ignore_span
+    ) -> None:
         self._clock = clock
+        self._on_span = on_span
         self._found: tuple[Coding, ...] = ()
         self._num_seen: Counter[tuple[FrameKind, str]] = Counter()
 
@@ -39,7 +43,9 @@ class CodingMeter:
         """What `encode` gives for `values`; `error_of` is the tensor that it lost, if known."""
         began_s = self._clock()
         payload = encode()
-        spent_s = self._clock() - began_s
+        ended_s = self._clock()
+        spent_s = ended_s - began_s
+        self._on_span("encode", began_s, ended_s, kind=kind)
         seen = lost = 0.0
         if self._num_seen[kind, codec] % MEASURE_EVERY == 0:
             error = error_of(payload)
@@ -56,7 +62,9 @@ class CodingMeter:
         """What `decode` gives."""
         began_s = self._clock()
         result = decode()
-        self._add(Coding(kind, codec, 0, 0, self._clock() - began_s, 0.0, 0.0))
+        ended_s = self._clock()
+        self._on_span("decode", began_s, ended_s, kind=kind)
+        self._add(Coding(kind, codec, 0, 0, ended_s - began_s, 0.0, 0.0))
         return result
 
     def take(self) -> tuple[Coding, ...]:
