@@ -67,7 +67,7 @@ CASES = (
 def main() -> None:
     """Measure the cases in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--core-share", type=float, default=0.4)
+    parser.add_argument("--core-share", type=float, default=0.35)
     parser.add_argument("--times", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=8, help="Measured steps of each case.")
     parser.add_argument("--hidden", type=int, default=128)
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--microbatches", type=int, default=16, help="In each slot.")
+    parser.add_argument("--ahead", type=int, default=2, help="The jobs' run.ahead.")
     parser.add_argument("--rate", type=float, help="Bytes/s of a line; measured unless given.")
     parser.add_argument("--cases", default=",".join(str(i) for i in range(len(CASES))))
     parser.add_argument("--keep", type=Path, help="Folder for the traces.")
@@ -172,6 +173,7 @@ class Swarm:
             "batch": [options.microbatches, options.rows, options.sequence_length],
             "hidden": options.hidden,
             "layers": options.layers,
+            "ahead": options.ahead,
             "core_share": options.core_share,
             "idle_cores": round((after.idle - load.idle) / seconds, 2),
             "busy_cores": {part: round(count, 2) for part, count in cores.items()},
@@ -226,6 +228,7 @@ layers = {[options.layers] * NUM_STAGES}
 steps = 100000
 checkpoint_every = 0
 evaluate_microbatches = 1
+ahead = {options.ahead}
 """
 
     # ---- the nodes -------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Parts of a job description that are the same in a job file and in a manifest."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from swarmnode.domain import PeerId
 from swarmnode.job_codecs import Section
@@ -118,3 +118,14 @@ class RunConfig(Section):
     """Steps between checkpoints; 0 for one at the end only."""
     deterministic: bool = False
     """Same job, same bits, whoever dies: one thread per worker; give placement.slots and layers."""
+    ahead: int = Field(default=0, ge=0, le=256)
+    """Microbatches that a stage runs forward beyond what a pipeline on fast links needs: they cross
+    slow ones meanwhile. Each keeps its intermediates; the result stays the same."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that older versions do not know is there only where it says something."""
+        found: dict[str, Any] = serialize(self)
+        if self.ahead == 0:
+            found.pop("ahead", None)
+        return found

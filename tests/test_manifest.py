@@ -17,6 +17,7 @@ from swarmnode.manifest import (
     Manifest,
     ModelContent,
     OptimizerConfig,
+    RunConfig,
     check,
     load_job_file,
     parse_job,
@@ -69,6 +70,11 @@ def test_a_manifest_that_travelled_is_the_same_byte_for_byte(config: dict[str, A
     assert arrived.canonical() == sent.canonical()
     assert arrived == sent
     assert arrived.job == sent.job
+
+
+def test_a_key_that_says_nothing_does_not_change_the_id() -> None:
+    assert b"ahead" not in manifest().canonical()
+    assert b'"ahead":2' in manifest(run=RunConfig(ahead=2)).canonical()
 
 
 def test_the_id_does_not_depend_on_the_order_of_keys() -> None:

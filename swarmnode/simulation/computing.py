@@ -137,6 +137,7 @@ class ToyPipeline:
                 num_stages=plan.num_stages,
                 microbatches=owned,
                 forward_only=evaluate,
+                ahead=grid.manifest.run.ahead,
             )
             self.slots[slot] = _Slot(schedule, owned, history.Accumulator.empty(count))
 

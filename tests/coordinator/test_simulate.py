@@ -62,6 +62,16 @@ def test_a_slow_link_paces_the_pipeline() -> None:
     assert simulate_step(rows, fast) < 1e-3
 
 
+def test_microbatches_ahead_pay_latency_less_often() -> None:
+    """Two in flight take three round trips of 10 s for six microbatches, four take two."""
+    steps = []
+    for ahead in (0, 2):
+        work = plain_work(2, 6, layer_flops=3e-6, ahead=ahead)
+        late = tables(work, 2, 1, 1.0, 1.0, topology=lan(2, latency_s=5.0))
+        steps.append(simulate_step(arranged((0,), (1,), num_layers=2), late))
+    assert steps == pytest.approx([30.0, 20.0], rel=1e-3)
+
+
 def test_latency_is_paid_once_a_round_trip_of_the_window() -> None:
     work = plain_work(2, 4, layer_flops=0.003)
     late = tables(work, 2, 1, 1.0, 1.0, topology=lan(2, latency_s=5.0))

@@ -63,6 +63,19 @@ def test_three_stages_with_codecs_are_bit_equal_on_every_placement(
     assert results[0] == results[1]
 
 
+def test_microbatches_ahead_change_no_bit(tmp_path: Path) -> None:
+    results = []
+    for ahead in (0, 2):
+        manifest = make_manifest(tmp_path, stages=3, slots=1)
+        manifest = manifest.model_copy(
+            update={"run": manifest.run.model_copy(update={"ahead": ahead})}
+        )
+        swarm = Swarm(manifest, [["a"], ["b"], ["c"]], tmp_path, ((0, 1), (1, 3), (3, 4)))
+        swarm.configure()
+        results.append([(s.losses, s.hashes) for s in map(swarm.step, range(3))])
+    assert results[0] == results[1]
+
+
 def test_a_node_between_the_ends_needs_no_data(tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path, stages=3, slots=1)
     layers, held_out = ((0, 1), (1, 3), (3, 4)), []

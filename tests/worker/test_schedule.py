@@ -8,9 +8,11 @@ from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of, num_evaluation_microbatches
 
 
-def run(stage: int, num_stages: int, microbatches: list[int], arrivals: list[int]) -> list[Work]:
+def run(
+    stage: int, num_stages: int, microbatches: list[int], arrivals: list[int], ahead: int = 0
+) -> list[Work]:
     """Work off a slot whose inputs arrive one by one, in the order that `arrivals` draws."""
-    slot = SlotSchedule(stage=stage, num_stages=num_stages, microbatches=microbatches)
+    slot = SlotSchedule(stage=stage, num_stages=num_stages, microbatches=microbatches, ahead=ahead)
     both: tuple[Direction, ...] = ("forward", "backward")
     pending = [(d, mb) for d in both for mb in microbatches if slot.wants(d, mb)]
     if stage == num_stages - 1:
@@ -33,20 +35,23 @@ def run(stage: int, num_stages: int, microbatches: list[int], arrivals: list[int
 
 
 @settings(deadline=None)
-@given(data=st.data(), num_stages=st.integers(1, 5), count=st.integers(0, 8))
+@given(
+    data=st.data(), num_stages=st.integers(1, 5), count=st.integers(0, 8), ahead=st.integers(0, 3)
+)
 def test_any_order_of_arrival_ends_in_order_and_within_the_bound(
-    data: st.DataObject, num_stages: int, count: int
+    data: st.DataObject, num_stages: int, count: int, ahead: int
 ) -> None:
     stage = data.draw(st.integers(0, num_stages - 1))
     microbatches = [1 + 3 * number for number in range(count)]
     arrivals = data.draw(st.lists(st.integers(0, 100), min_size=2 * count, max_size=2 * count))
-    done = run(stage, num_stages, microbatches, arrivals)
+    done = run(stage, num_stages, microbatches, arrivals, ahead)
+    bound = num_stages - stage + (ahead if stage < num_stages - 1 else 0)
     for direction in ("forward", "backward"):
         assert [w.microbatch for w in done if w.direction == direction] == microbatches
     in_flight = 0
     for work in done:
         in_flight += 1 if work.direction == "forward" else -1
-        assert 0 <= in_flight <= num_stages - stage
+        assert 0 <= in_flight <= bound
 
 
 def test_a_backward_goes_before_a_forward() -> None:
@@ -62,6 +67,13 @@ def test_the_first_stage_waits_when_its_depth_is_in_flight() -> None:
     slot.done(Work("forward", 1))
     assert slot.next() is None
     assert not slot.is_finished
+
+
+def test_ahead_fills_a_slow_line_with_so_many_more() -> None:
+    slot = SlotSchedule(stage=0, num_stages=2, microbatches=[*range(9)], ahead=3)
+    for microbatch in range(5):
+        slot.done(Work("forward", microbatch))
+    assert slot.next() is None
 
 
 def test_the_last_stage_alternates() -> None:

@@ -93,6 +93,8 @@ class Workload:
     state_bytes_per_weight: int = BYTES_PER_TRAINED_WEIGHT
     slot_bytes_per_weight: int = SLOT_BYTES_PER_WEIGHT
     touched_bytes_per_weight: float = TOUCHED_BYTES_PER_WEIGHT
+    ahead: int = 0
+    """Microbatches that stages but the last run forward beyond the usual depth."""
 
     def weights(self, stage: int, num_stages: int, num_layers: int) -> int:
         """Weights of stage `stage` of `num_stages` with so many layers."""
@@ -111,7 +113,8 @@ class Workload:
     def _need(self, stage: int, num_stages: int, num_layers: int, num_slots: int) -> StageNeed:
         weights = self.weights(stage, num_stages, num_layers)
         is_first, is_last = stage == 0, stage == num_stages - 1
-        in_flight = min(num_stages - stage, max(1, self.num_microbatches // num_slots))
+        depth = num_stages - stage + (0 if is_last else self.ahead)
+        in_flight = min(depth, max(1, self.num_microbatches // num_slots))
         layer_kept = num_layers * self.kept_bytes_per_layer
         last_kept = is_last * self.last_kept_bytes
         return StageNeed(
@@ -155,6 +158,7 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
         gathers=codecs.gathers,
         state_bytes_per_weight=BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT,
         slot_bytes_per_weight=own if trains else 0,
+        ahead=job.run.ahead,
     )
 
 

@@ -1,9 +1,9 @@
 """One training step, event by event: what the engine does, with everybody's numbers.
 
 Every machine works on one unit at a time and picks it as the engine does (late stages first, a
-backward before a forward, windows of S - s microbatches). Frames leave a machine one after the
-other at the rate of their link, arrive a latency later, and share the receiver's downlink. Then
-shares, sums and reports. Plain Python on plain lists: about 2 us an event.
+backward before a forward, windows of S - s microbatches and those ahead). Frames leave a machine
+one after the other at the rate of their link, arrive a latency later, and share the receiver's
+downlink. Then shares, sums and reports. Plain Python on plain lists: about 2 us an event.
 """
 
 from heapq import heappop, heappush
@@ -98,7 +98,7 @@ class Simulation:
         """Begin the next unit of a machine that has one and does nothing."""
         if self.is_busy[node]:
             return
-        slots, stages, m = self.num_slots, self.num_stages, self.tables.num_microbatches
+        slots, m = self.num_slots, self.tables.num_microbatches
         chosen = -1
         for slot in self.hosted[node]:
             forward, backward = self.num_forward[slot], self.num_backward[slot]
@@ -107,12 +107,17 @@ class Simulation:
                 self.is_busy[node] = True
                 self._at(now_s + share * self.work_s[slot], WORK, slot, node, BACKWARD)
                 return
-            if chosen < 0 and forward < m and forward - backward < stages - slot // slots:
+            if chosen < 0 and forward < m and forward - backward < self._depth(slot // slots):
                 chosen = slot if self.activations[slot] > forward else -1
         if chosen >= 0:
             self.is_busy[node] = True
             share = 1.0 - self.tables.backward_share
             self._at(now_s + share * self.work_s[chosen], WORK, chosen, node, FORWARD)
+
+    def _depth(self, stage: int) -> int:
+        """How many microbatches of a slot may be in flight."""
+        is_last = stage == self.num_stages - 1
+        return self.num_stages - stage + (0 if is_last else self.tables.ahead)
 
     def _worked(self, now_s: float, slot: int, node: int, direction: int) -> None:
         """A unit is done: its result goes on, the machine to its next unit."""

@@ -75,6 +75,8 @@ class Tables(NamedTuple):
     staleness: int
     min_nodes: int
     """Fewest machines that must host something."""
+    ahead: int = 0
+    """Microbatches in flight of stages but the last beyond S - s."""
 
 
 def fill_stages(counts: Ints, tables: Tables, stage: Floats) -> None:
@@ -83,7 +85,8 @@ def fill_stages(counts: Ints, tables: Tables, stage: Floats) -> None:
     for s in range(num_stages):
         flops, touched = tables.per_layer[0] * counts[s], tables.per_layer[1] * counts[s]
         kept, own = tables.per_layer[2] * counts[s], tables.per_layer[3] * counts[s]
-        in_flight = min(num_stages - s, tables.num_microbatches)
+        depth = num_stages - s + (tables.ahead if s + 1 < num_stages else 0)
+        in_flight = min(depth, tables.num_microbatches)
         extra_kept = 0.0
         for end in range(2):
             if s == end * (num_stages - 1):
@@ -144,8 +147,9 @@ def fill_columns(
 ) -> None:
     """Each pipeline's ramp, period and end; each stage's time of its last backward.
 
-    A slot of stage s has at most S - s microbatches in flight, so that every S - s microbatches
-    cost at least one round trip from s to the end and back, and at least as many periods.
+    A slot of stage s has at most S - s microbatches in flight, and `ahead` more before the last
+    stage, so that every so many cost at least one round trip from s to the end and back, and at
+    least as many periods.
     """
     num_stages, num_slots = grid.shape
     further = tables.num_microbatches - 1
@@ -171,7 +175,7 @@ def fill_columns(
                 trip += tables.backward_out_s[after, node] + tables.latency_s[after, node]
             load = max(machine[COMPUTE_S, node], machine[OUT_S, node])
             queue += QUEUE_SHARE * max(0.0, load - own)
-            window = num_stages - s
+            window = num_stages - s + (tables.ahead if s + 1 < num_stages else 0)
             rounds = further // window
             around = max(trip + queue, window * period)
             through = rounds * around + (further - rounds * window) * period

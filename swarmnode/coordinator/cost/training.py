@@ -123,6 +123,7 @@ def tables_of(
         float(workload.reduce_every),
         workload.staleness,
         min_nodes,
+        workload.ahead,
     )
 
 

@@ -59,6 +59,7 @@ class Pipeline:
                 microbatches=microbatches,
                 forward_only=evaluate,
                 flush_every=len(microbatches) // self._local.num_steps if self._local else None,
+                ahead=setup.manifest.run.ahead,
             )
             self._slots[slot] = _Slot(schedule, microbatches)
         if not evaluate:

@@ -20,8 +20,8 @@ class Work(NamedTuple):
 class SlotSchedule:
     """Which work of one slot is next: a backward if there is one, else a forward.
 
-    Bound: at most `num_stages - stage` microbatches are forward but not yet backward. With
-    `forward_only` there are no backwards and no bound.
+    Bound: at most `num_stages - stage` microbatches, and `ahead` more except at the last stage,
+    are forward but not yet backward. With `forward_only` there are no backwards and no bound.
     """
 
     def __init__(
@@ -32,12 +32,13 @@ class SlotSchedule:
         microbatches: Sequence[int],
         forward_only: bool = False,
         flush_every: int | None = None,
+        ahead: int = 0,
     ) -> None:
         """`flush_every`: so many microbatches are all backward before the next one is forward."""
         self._microbatches = tuple(microbatches)
         self._is_last = stage == num_stages - 1
         self._forward_only = forward_only
-        self._depth = num_stages - stage
+        self._depth = num_stages - stage + (0 if self._is_last else ahead)
         self._activations = set(self._microbatches) if stage == 0 else set[int]()
         self._gradients = set[int]()
         self._num_forward = 0

@@ -327,7 +327,8 @@ def _stage_times(
     layer_s, fixed_s = np.zeros(num_stages), np.zeros(num_stages)
     caps = np.full(num_stages, workload.num_layers, dtype=np.int64)
     for s in range(num_stages):
-        in_flight = min(num_stages - s, tables.num_microbatches)
+        depth = num_stages - s + (tables.ahead if s + 1 < num_stages else 0)
+        in_flight = min(depth, tables.num_microbatches)
         for node in np.unique(grid[s]):
             copies = int((grid[s] == node).sum())
             own_s = copies * unit[node]
