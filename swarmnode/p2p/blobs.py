@@ -28,7 +28,7 @@ from swarmnode.errors import (
 from swarmnode.failpoints import hit
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.links import OnTransfer, ignore_transfer
-from swarmnode.p2p.ports import EndOfStream, Stream, Transport
+from swarmnode.p2p.ports import EndOfStream, Stream, Transport, Urgency
 from swarmnode.wire import BLOB_PROTOCOL, MAX_BLOB_BYTES
 
 PIECE_BYTES = 256 << 10
@@ -70,8 +70,8 @@ def serve_blobs(
     `MAX_STREAMS_PER_PEER` streams; all answers in flight together hold `MAX_SENDING` blobs.
     Counts: sent_bytes, refused, missing, malformed (with the peer that asked).
     """
-    server = _Server(store, allowed, on_count)
-    transport.serve(BLOB_PROTOCOL, server.handle, max_message_bytes=PIECE_BYTES)
+    handle = _Server(store, allowed, on_count).handle
+    transport.serve(BLOB_PROTOCOL, handle, max_message_bytes=PIECE_BYTES, urgency=Urgency.BLOB)
 
 
 class _Server:

@@ -7,9 +7,11 @@ own reader has answered ours. Back-pressure is `wait_writable`, asked outside th
 """
 
 import socket
+import struct
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import trio
@@ -28,7 +30,15 @@ from libp2p.security.secure_session import SecureSession
 READ_BYTES = 1 << 20
 """Most bytes taken from the socket at once."""
 QUEUE_BYTES = 1 << 20
-"""Bytes in the write queue above which senders of data wait."""
+"""Bytes in the write queue above which senders of data wait, on a fast line."""
+FAST_BYTES_PER_S = 12.5e6
+"""On slower lines the queue is no longer than QUEUE_S: what is in it cannot be overtaken."""
+QUEUE_S = 0.02
+LEAST_BYTES = 16 << 10
+_LOOK_S = 0.1
+_NUM_RATES = 8
+_DELIVERY_RATE = struct.Struct("=160xQ")
+"""Where Linux' tcp_info has the rate at which the peer has lately acknowledged bytes."""
 DEAD_AFTER_S = 20.0
 """A connection breaks when the peer's kernel acknowledges nothing for so long."""
 _CLOSE_TIMEOUT_S = 0.5
@@ -46,6 +56,30 @@ def key_pair_from_seed(seed: bytes) -> KeyPair:
     return create_ed25519(seed)
 
 
+class Pace:
+    """How fast a line is, and how much to queue for it: what is queued nothing can overtake."""
+
+    def __init__(self) -> None:
+        self._rates: deque[float] = deque(maxlen=_NUM_RATES)
+        self.bytes_per_s = FAST_BYTES_PER_S
+        self.queue_bytes = QUEUE_BYTES
+
+    def observe(self, bytes_per_s: float) -> bool:
+        """Note a rate, 0 if it is not known; whether `queue_bytes` has changed.
+
+        The fastest of the last few counts: a shared line, or a late wake-up, is no slow line.
+        """
+        if bytes_per_s <= 0.0:
+            return False
+        self._rates.append(bytes_per_s)
+        self.bytes_per_s = max(self._rates)
+        is_fast = self.bytes_per_s >= FAST_BYTES_PER_S
+        before = self.queue_bytes
+        slow_bytes = max(LEAST_BYTES, int(self.bytes_per_s * QUEUE_S))
+        self.queue_bytes = QUEUE_BYTES if is_fast else slow_bytes
+        return self.queue_bytes != before
+
+
 class BufferedConnection(RawConnection):  # type: ignore[misc]
     """A raw connection that reads ahead and writes behind."""
 
@@ -55,6 +89,8 @@ class BufferedConnection(RawConnection):  # type: ignore[misc]
         self._buffer = bytearray()
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._pace = Pace()
+        self._look_s = 0.0
         self._error: Exception | None = None
         self._wake = trio.Event()
         self._drained = trio.Event()
@@ -85,8 +121,18 @@ class BufferedConnection(RawConnection):  # type: ignore[misc]
 
     async def wait_writable(self) -> None:
         """Wait while the queue is long. Returns at once on a broken connection."""
-        while self._queued_bytes > QUEUE_BYTES and self._error is None:
+        while self._queued_bytes > self._pace.queue_bytes and self._error is None:
             await self._drained.wait()
+
+    @property
+    def record_bytes(self) -> int:
+        """How much data to queue at once."""
+        return self._pace.queue_bytes
+
+    @property
+    def record_s(self) -> float:
+        """How long that takes on this line."""
+        return self._pace.queue_bytes / self._pace.bytes_per_s
 
     async def close(self) -> None:
         """Send what is queued, if that is quick, and close the socket."""
@@ -123,8 +169,20 @@ class BufferedConnection(RawConnection):  # type: ignore[misc]
             except Exception as error:
                 self._fail(error)
                 return
+            if trio.current_time() >= self._look_s:
+                self._look_s = trio.current_time() + _LOOK_S
+                self._look_at_rate()
             self._queued_bytes -= len(data)
             self._signal()
+
+    def _look_at_rate(self) -> None:
+        """Let neither us nor the kernel queue more than a slow line takes in a moment."""
+        sock = self._inner.stream.stream.socket
+        with suppress(OSError, AttributeError, struct.error):  # not every system can tell
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DELIVERY_RATE.size)
+            if self._pace.observe(_DELIVERY_RATE.unpack(info)[0]):
+                unsent_bytes = self._pace.queue_bytes % QUEUE_BYTES  # 0: as many as there are
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent_bytes)
 
     def _fail(self, error: Exception) -> None:
         if self._error is None:

@@ -17,7 +17,8 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from swarmnode.errors import PeerError, PeerLostError
 from swarmnode.p2p import framing
 from swarmnode.p2p.framing import Kind
-from swarmnode.p2p.ports import EndOfStream
+from swarmnode.p2p.ports import EndOfStream, Urgency
+from swarmnode.p2p.turns import YIELD_RATIO, Turn, Turns
 
 _log = logging.getLogger(__name__)
 _MUXER_SLACK_BYTES = 1 << 20
@@ -96,8 +97,18 @@ class NetStream(Protocol):
 class Channel:
     """One stream. Every method but the constructor runs on the trio side."""
 
-    def __init__(self, stream: NetStream, peer: str, inbox: Inbox, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        stream: NetStream,
+        peer: str,
+        inbox: Inbox,
+        max_message_bytes: int,
+        turns: Turns,
+        urgency: Urgency,
+    ) -> None:
         self.peer = peer
+        self._turns = turns
+        self._urgency = urgency
         self._stream = stream
         self._muxed = stream.muxed_stream
         self._raw = self._muxed.conn.secured_conn.raw
@@ -140,20 +151,28 @@ class Channel:
         """
         message = framing.Outgoing(parts)
         try:
-            while not message.is_done:
-                await self._raw.wait_writable()
-                self._check()
-                async with self._write_lock:
-                    record, cost_bytes = message.record(self._credit_bytes)
-                    self._credit_bytes -= cost_bytes
-                    if record:
-                        await self._write(record)
-                if not record:
-                    await self._changed.wait()
+            with self._turns.taking(self._urgency) as turn:
+                while not message.is_done:
+                    await self._send_record(message, turn)
         except trio.Cancelled:
             if message.is_started:
                 await self.reset()
             raise
+
+    async def _send_record(self, message: framing.Outgoing, turn: Turn) -> None:
+        """Send the next record in its turn, or wait for credit."""
+        await self._raw.wait_writable()
+        await turn.wait(YIELD_RATIO * self._raw.record_s)
+        self._check()
+        async with self._write_lock:
+            most_bytes = self._raw.record_bytes
+            record, cost_bytes = message.record(self._credit_bytes, most_bytes)
+            self._credit_bytes -= cost_bytes
+            if record:
+                await self._write(record)
+                turn.moved()
+        if not record:
+            await self._changed.wait()
 
     async def grant(self, num_bytes: int) -> None:
         """Let the peer send `num_bytes` more. Never raises: a break shows in `run`."""

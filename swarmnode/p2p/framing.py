@@ -90,10 +90,12 @@ class Outgoing:
     def is_done(self) -> bool:
         return self.is_started and self._left_bytes == 0
 
-    def record(self, credit_bytes: int) -> tuple[bytes, int]:
-        """Return the next record and its cost, at most `credit_bytes`; (b"", 0) if too little."""
+    def record(self, credit_bytes: int, most_bytes: int = MAX_RECORD_BYTES) -> tuple[bytes, int]:
+        """Return the next record, of at most `most_bytes`, and its cost, at most `credit_bytes`;
+        (b"", 0) if that is too little."""
         overhead_bytes = 0 if self.is_started else MESSAGE_OVERHEAD_BYTES
-        room_bytes = min(credit_bytes - overhead_bytes, MAX_RECORD_BYTES - _WORD.size)
+        most_bytes = min(most_bytes, MAX_RECORD_BYTES)
+        room_bytes = min(credit_bytes - overhead_bytes, most_bytes - _WORD.size)
         body_bytes = min(room_bytes, self._left_bytes)
         if body_bytes < 0 or (self.is_started and body_bytes == 0):
             return b"", 0

@@ -27,6 +27,7 @@ from multiaddr import Multiaddr
 from swarmnode.errors import PeerLostError, RefusedError
 from swarmnode.p2p.buffered import NOISE_PROTOCOL_ID, BufferedNoise, key_pair_from_seed
 from swarmnode.p2p.channel import NetStream
+from swarmnode.p2p.turns import Turns
 
 MAX_STREAMS_PER_PEER = 256
 """Incoming streams of one peer that may be open at once; more are reset."""
@@ -51,6 +52,8 @@ class Host:
     """One libp2p host. Everything here runs on the trio side."""
 
     def __init__(self, seed: bytes, nursery: trio.Nursery) -> None:
+        self.turns = Turns()
+        """Of all that this host sends."""
         keys = key_pair_from_seed(seed)
         self._noise = BufferedNoise(keys, nursery.start_soon)
         self._host: Any = new_host(

@@ -13,7 +13,7 @@ from typing import Protocol
 from swarmnode.domain import PeerId
 from swarmnode.errors import FrameTooLargeError, PeerError, PeerLostError, RefusedError
 from swarmnode.p2p import framing
-from swarmnode.p2p.ports import Buffer, EndOfStream, Handler, Stream
+from swarmnode.p2p.ports import Buffer, EndOfStream, Handler, Stream, Urgency
 
 _log = logging.getLogger(__name__)
 
@@ -181,7 +181,14 @@ class MemoryTransport:
     def addresses(self) -> Sequence[str]:
         return (f"/memory/{self._peer}/p2p/{self._peer}",)
 
-    def serve(self, protocol: str, handler: Handler, *, max_message_bytes: int) -> None:
+    def serve(
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        max_message_bytes: int,
+        urgency: Urgency = Urgency.CONTROL,  # noqa: ARG002  here nothing takes time
+    ) -> None:
         """See `ports.Transport`."""
         self._handlers[protocol] = (handler, max_message_bytes)
 
@@ -192,6 +199,7 @@ class MemoryTransport:
         protocol: str,
         *,
         max_message_bytes: int,
+        urgency: Urgency = Urgency.CONTROL,  # noqa: ARG002
     ) -> MemoryStream:
         """See `ports.Transport`."""
         await asyncio.sleep(0)  # as the real one, it never answers before it has been awaited

@@ -5,11 +5,26 @@ peers whose identity the transport has proven. Opening a stream to oneself gives
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from enum import IntEnum
 from typing import Protocol
 
 from swarmnode.domain import PeerId
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Urgency(IntEnum):
+    """What goes first on a node's lines when several streams have something to send: the least."""
+
+    CONTROL = 0
+    FORWARD = 1
+    """Hidden states: whoever waits for them has nothing else to do."""
+    BACKWARD = 2
+    """Their gradients."""
+    REDUCTION = 3
+    """Parameter gradients and their sums."""
+    BLOB = 4
+    """Files."""
 
 
 class Stream(Protocol):
@@ -60,8 +75,15 @@ class Transport(Protocol):
     def addresses(self) -> Sequence[str]:
         """Where others reach us: multiaddrs that end in /p2p/<peer>."""
 
-    def serve(self, protocol: str, handler: Handler, *, max_message_bytes: int) -> None:
-        """Run `handler` for each incoming stream of `protocol`.
+    def serve(
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        max_message_bytes: int,
+        urgency: Urgency = Urgency.CONTROL,
+    ) -> None:
+        """Run `handler` for each incoming stream of `protocol`; `urgency` is of what it sends.
 
         When it returns, the stream closes: the peer still receives what was sent, then
         EndOfStream. An exception in a handler resets its stream and is logged; it never ends the
@@ -69,7 +91,13 @@ class Transport(Protocol):
         """
 
     async def open(
-        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, max_message_bytes: int
+        self,
+        peer: PeerId,
+        addresses: Sequence[str],
+        protocol: str,
+        *,
+        max_message_bytes: int,
+        urgency: Urgency = Urgency.CONTROL,
     ) -> Stream:
         """Open a stream to `peer`, dialling `addresses` if there is no connection yet.
 

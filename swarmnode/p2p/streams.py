@@ -14,7 +14,7 @@ import trio
 from swarmnode.domain import PeerId
 from swarmnode.errors import FrameTooLargeError, PeerLostError, RefusedError
 from swarmnode.p2p.memory import LeavableStream, run_handler, stream_pair
-from swarmnode.p2p.ports import Buffer, Handler, Stream
+from swarmnode.p2p.ports import Buffer, Handler, Stream, Urgency
 from swarmnode.p2p.trio_bridge import TrioBridge
 
 if TYPE_CHECKING:
@@ -170,19 +170,32 @@ class Libp2pTransport:
     def addresses(self) -> Sequence[str]:
         return self._addresses
 
-    def serve(self, protocol: str, handler: Handler, *, max_message_bytes: int) -> None:
+    def serve(
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        max_message_bytes: int,
+        urgency: Urgency = Urgency.CONTROL,
+    ) -> None:
         """See `ports.Transport`."""
         self._handlers[protocol] = (handler, max_message_bytes)
 
         async def on_stream(stream: "NetStream", peer: str) -> None:
-            ours = self._wrap(stream, PeerId(peer), max_message_bytes)
+            ours = self._wrap(stream, PeerId(peer), max_message_bytes, urgency)
             self._bridge.tell(self._start_handler, handler, ours, protocol)
             await ours.run_channel()
 
         self._bridge.post(self._bridge.resource.serve, protocol, on_stream)
 
     async def open(
-        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, max_message_bytes: int
+        self,
+        peer: PeerId,
+        addresses: Sequence[str],
+        protocol: str,
+        *,
+        max_message_bytes: int,
+        urgency: Urgency = Urgency.CONTROL,
     ) -> Stream:
         """See `ports.Transport`."""
         if peer == self._peer:
@@ -193,7 +206,7 @@ class Libp2pTransport:
             )
         except trio.RunFinishedError as error:
             raise PeerLostError(peer, "the transport has stopped") from error
-        ours = self._wrap(stream, peer, max_message_bytes)
+        ours = self._wrap(stream, peer, max_message_bytes, urgency)
         self._bridge.post_task(ours.run_channel)
         return ours
 
@@ -210,11 +223,14 @@ class Libp2pTransport:
         self._start_handler(handler, theirs, protocol)
         return ours
 
-    def _wrap(self, stream: "NetStream", peer: PeerId, max_message_bytes: int) -> Libp2pStream:
+    def _wrap(
+        self, stream: "NetStream", peer: PeerId, max_message_bytes: int, urgency: Urgency
+    ) -> Libp2pStream:
         from swarmnode.p2p.channel import Channel
 
         def make(inbox: "Inbox") -> "Channel":
-            return Channel(stream, peer, inbox, max_message_bytes)
+            turns = self._bridge.resource.turns
+            return Channel(stream, peer, inbox, max_message_bytes, turns, urgency)
 
         return Libp2pStream(self._bridge, peer, max_message_bytes, make)
 

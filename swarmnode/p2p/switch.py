@@ -1,8 +1,9 @@
 """Tensors between the workers of a job: who may send, where frames go, what was sent.
 
-One tensor stream per direction and pair of peers, opened at the first frame and kept. Frames to
-oneself never touch the network. A peer that the job's current plan does not name is refused and
-counted; so is a frame of an older generation.
+One tensor stream per direction, pair of peers and urgency, opened at the first frame and kept: so
+a long parameter gradient holds up no hidden state. Frames to oneself never touch the network. A
+peer that the job's current plan does not name is refused and counted; so is a frame of an older
+generation.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from swarmnode.messages import (
     SentKind,
 )
 from swarmnode.p2p.links import LARGE_BYTES, ArrivalClock, OnTransfer, ignore_transfer
-from swarmnode.p2p.ports import EndOfStream, Stream, Transport
+from swarmnode.p2p.ports import EndOfStream, Stream, Transport, Urgency
 from swarmnode.session_messages import (
     SessionClose,
     SessionFailed,
@@ -53,7 +54,7 @@ class _Queued(NamedTuple):
 
 @dataclass
 class _Lane:
-    """What one peer is still to be sent about one job."""
+    """What one peer is still to be sent about one job, of one urgency."""
 
     queue: asyncio.Queue[_Queued]
     task: asyncio.Task[None]
@@ -69,7 +70,7 @@ class _Entry:
     to_worker: Deliver | None = None
     to_head: Deliver | None = None
     on_broken: Callable[[PeerId, str], None] = lambda _peer, _reason: None
-    lanes: dict[PeerId, _Lane] = field(default_factory=dict)
+    lanes: dict[tuple[PeerId, Urgency], _Lane] = field(default_factory=dict)
     sent: dict[SentKind, int] = field(default_factory=dict)
 
 
@@ -111,8 +112,8 @@ class Switch:
         if plan.generation > entry.plan.generation:
             # A peer that was started again has forgotten the streams of its last life, and an
             # idle stream does not notice; what is queued is of an older generation anyhow.
-            for peer in tuple(entry.lanes):
-                entry.lanes.pop(peer).task.cancel()
+            for key in tuple(entry.lanes):
+                entry.lanes.pop(key).task.cancel()
         if plan.generation >= entry.plan.generation:
             entry.plan = plan
         entry.to_worker = to_worker or entry.to_worker
@@ -168,14 +169,15 @@ class Switch:
         if peer == self._transport.peer:
             await self._deliver(entry, message, payload)
             return
-        lane = entry.lanes.get(peer)
+        key = peer, urgency_of(message)
+        lane = entry.lanes.get(key)
         if lane is None or lane.task.done():
             queue: asyncio.Queue[_Queued]
             queue = asyncio.Queue(MAX_QUEUED_FRAMES)
             task = self._group.create_task(
-                self._pump(entry, peer, queue), name=f"tensors to {peer}"
+                self._pump(entry, *key, queue), name=f"tensors to {peer}"
             )
-            lane = entry.lanes[peer] = _Lane(queue, task)
+            lane = entry.lanes[key] = _Lane(queue, task)
         await lane.queue.put(_Queued(message, payload, self._clock()))
 
     def _receiver(self, plan: Plan, message: TensorMessage) -> PeerId:
@@ -199,6 +201,7 @@ class Switch:
         self,
         entry: _Entry,
         peer: PeerId,
+        urgency: Urgency,
         queue: asyncio.Queue[_Queued],
     ) -> None:
         """Send what is queued for one peer, until the stream breaks."""
@@ -207,8 +210,9 @@ class Switch:
         try:
             addresses = entry.plan.addresses.get(peer, ())
             stream = await self._transport.open(
-                peer, addresses, TENSOR_PROTOCOL, max_message_bytes=MAX_TENSOR_BYTES
-            )
+                peer, addresses, TENSOR_PROTOCOL,
+                max_message_bytes=MAX_TENSOR_BYTES, urgency=urgency,
+            )  # fmt: skip
             while True:
                 message, payload, queued_s = await queue.get()
                 if not _is_current(entry, message):
@@ -281,6 +285,13 @@ class Switch:
             self._on_dropped("foreign_frame")
             raise ProtocolError(f"{peer} does not host the slot that it writes for")
         await self._deliver(entry, message, payload)
+
+
+def urgency_of(message: TensorMessage) -> Urgency:
+    """What may go before what: whoever waits for a hidden state has nothing else to do."""
+    if not isinstance(message, Frame) or message.kind == "activation":
+        return Urgency.FORWARD
+    return Urgency.BACKWARD if message.kind == "activation_gradient" else Urgency.REDUCTION
 
 
 def _is_current(entry: _Entry, message: TensorMessage) -> bool:

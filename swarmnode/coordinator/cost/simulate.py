@@ -116,8 +116,8 @@ class Simulation:
 
     def _depth(self, stage: int) -> int:
         """How many microbatches of a slot may be in flight."""
-        is_last = stage == self.num_stages - 1
-        return self.num_stages - stage + (0 if is_last else self.tables.ahead)
+        ahead = 0 if stage == self.num_stages - 1 else self.tables.ahead
+        return int(self.num_stages) - stage + ahead
 
     def _worked(self, now_s: float, slot: int, node: int, direction: int) -> None:
         """A unit is done: its result goes on, the machine to its next unit."""
