@@ -67,14 +67,14 @@ CASES = (
 def main() -> None:
     """Measure the cases in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--core-share", type=float, default=0.35)
+    parser.add_argument("--core-share", type=float, default=0.25)
     parser.add_argument("--times", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=8, help="Measured steps of each case.")
-    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=1, help="In each stage.")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--microbatches", type=int, default=16, help="In each slot.")
+    parser.add_argument("--microbatches", type=int, default=32, help="In each slot.")
     parser.add_argument("--ahead", type=int, default=2, help="The jobs' run.ahead.")
     parser.add_argument("--rate", type=float, help="Bytes/s of a line; measured unless given.")
     parser.add_argument("--cases", default=",".join(str(i) for i in range(len(CASES))))

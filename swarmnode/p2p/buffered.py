@@ -33,7 +33,7 @@ QUEUE_BYTES = 1 << 20
 """Bytes in the write queue above which senders of data wait, on a fast line."""
 FAST_BYTES_PER_S = 12.5e6
 """On slower lines the queue is no longer than QUEUE_S: what is in it cannot be overtaken."""
-QUEUE_S = 0.02
+QUEUE_S = 0.005
 LEAST_BYTES = 16 << 10
 _LOOK_S = 0.1
 _NUM_RATES = 8
@@ -89,6 +89,8 @@ class BufferedConnection(RawConnection):  # type: ignore[misc]
         self._buffer = bytearray()
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._put_bytes = 0
+        """Since the start."""
         self._pace = Pace()
         self._look_s = 0.0
         self._error: Exception | None = None
@@ -117,12 +119,20 @@ class BufferedConnection(RawConnection):  # type: ignore[misc]
             raise ConnectionClosedError(str(self._error), transport="tcp") from self._error
         self._queue.append(data)
         self._queued_bytes += len(data)
+        self._put_bytes += len(data)
         self._wake.set()
 
     async def wait_writable(self) -> None:
         """Wait while the queue is long. Returns at once on a broken connection."""
         while self._queued_bytes > self._pace.queue_bytes and self._error is None:
             await self._drained.wait()
+
+    async def wait_left(self) -> None:
+        """On a slow line, wait until the kernel has all that was queued before."""
+        if self._pace.queue_bytes < QUEUE_BYTES:
+            end_bytes = self._put_bytes
+            while self._put_bytes - self._queued_bytes < end_bytes and self._error is None:
+                await self._drained.wait()
 
     @property
     def record_bytes(self) -> int:

@@ -154,8 +154,9 @@ class Channel:
             with self._turns.taking(self._urgency) as turn:
                 while not message.is_done:
                     await self._send_record(message, turn)
+                await self._raw.wait_left()
         except trio.Cancelled:
-            if message.is_started:
+            if message.is_started and not message.is_done:
                 await self.reset()
             raise
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,11 +81,25 @@ def tell(process: "subprocess.Popen[str]", line: str) -> None:
 def test_the_bandwidth_of_a_shaped_link_is_found_by_its_transfers(
     hosts: tuple[str, str], megabits: int
 ) -> None:
+    bytes_per_s = answer(hosts, megabits, "send", "receive")
+    assert bytes_per_s == pytest.approx(megabits * 1e6 / 8, rel=0.25)
+
+
+def test_a_hidden_state_overtakes_gradients_that_were_sent_before_it(
+    hosts: tuple[str, str],
+) -> None:
+    kinds = answer(hosts, 20, "mix", "order")
+    assert sorted(kinds) == ["activation", *["gradient"] * 4]
+    assert kinds.index("activation") <= 1, "only what the line took at once is before it"
+
+
+def answer(hosts: tuple[str, str], megabits: int, send: str, receive: str) -> Any:
+    """What the receiver says once a sender behind a line of this rate has sent."""
     run(
         f"ip netns exec {hosts[0]} tc qdisc add dev swl0 root "
         f"tbf rate {megabits}mbit burst 64kb latency 100ms"
     )
-    sender, receiver = start(hosts[0], "send", "10.78.0.1"), start(hosts[1], "receive", "10.78.0.2")
+    sender, receiver = start(hosts[0], send, "10.78.0.1"), start(hosts[1], receive, "10.78.0.2")
     try:
         here, there = read(sender), read(receiver)
         for process, other in ((receiver, here), (sender, there)):
@@ -92,8 +107,7 @@ def test_the_bandwidth_of_a_shaped_link_is_found_by_its_transfers(
             assert read(process) == '"joined"\n'
         for process in (receiver, sender):
             tell(process, "go\n")
-        bytes_per_s = json.loads(read(receiver))
-        assert bytes_per_s == pytest.approx(megabits * 1e6 / 8, rel=0.25)
+        return json.loads(read(receiver))
     finally:
         for process in (sender, receiver):
             process.kill()

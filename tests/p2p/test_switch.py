@@ -1,5 +1,6 @@
 """The switch: frames reach the slot they name; what has no business here is dropped and counted."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -30,13 +31,13 @@ from swarmnode.messages import (
     Message,
     Ping,
 )
-from swarmnode.p2p.ports import EndOfStream
+from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.p2p.switch import TensorMessage
 from swarmnode.session_messages import (
     SessionClose,
     SessionFrame,
 )
-from swarmnode.wire import TENSOR_PROTOCOL, pack
+from swarmnode.wire import TENSOR_PROTOCOL, pack, unpack
 
 # ---- delivery ----------------------------------------------------------------------------------
 
@@ -104,6 +105,32 @@ def test_two_lanes_do_not_wait_for_each_other() -> None:
                 await a.switch.send(frame(0, 1, slot=1, mb=number))
             await settle()
             assert [m.microbatch for m, _ in c.worker if isinstance(m, Frame)] == [*range(8)]
+
+    virtual(scenario())
+
+
+def test_a_gradient_that_is_stuck_holds_up_no_hidden_state() -> None:
+    async def scenario() -> None:
+        arrived: list[str] = []
+
+        async def take(stream: Stream) -> None:
+            while True:
+                message, _ = unpack(await stream.receive())
+                if isinstance(message, Frame):
+                    arrived.append(message.kind)
+                if arrived == ["gradient"]:
+                    await asyncio.Event().wait()
+
+        async with swarm() as s:
+            a = s.node(A, plan())
+            s.network.transport(B).serve(TENSOR_PROTOCOL, take, max_message_bytes=1 << 30)
+            gradient = replace(frame(0, 1), kind="gradient")
+            for _ in range(4):
+                await a.switch.send(gradient, bytes(LARGE_BYTES))
+            await a.switch.send(replace(frame(0, 1), kind="activation_gradient"), b"x")
+            await a.switch.send(frame(0, 1), b"x")
+            await settle()
+            assert sorted(arrived) == ["activation", "activation_gradient", "gradient"]
 
     virtual(scenario())
 
