@@ -81,6 +81,11 @@ def _spans(path: Path) -> list[Span]:
     return sorted(found, key=lambda span: (span.began_s, -span.ended_s))
 
 
+def stage_of(trace: NodeTrace) -> int:
+    """The stage that a node computes."""
+    return next(int(span.facts["slot"][0]) for span in trace.worker if span.what == "forward")
+
+
 def last_applied(home: Path, job: str) -> int:
     """The newest step that a node has applied; -1 before there is one. Reads little."""
     for path in (home / "trace").glob(f"worker-{job}-*.jsonl"):

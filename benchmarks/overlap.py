@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _shaped
 import _spans
+import _timeline
 import psutil
 from _environment import environment
 
@@ -80,7 +81,13 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(str(i) for i in range(len(CASES))))
     parser.add_argument("--keep", type=Path, help="Folder for the traces.")
     parser.add_argument("--draw", type=Path)
+    parser.add_argument(
+        "--drawn", type=Path, nargs="+", default=[], help="Folders of --keep: only draw them."
+    )
     options = parser.parse_args()
+    if options.drawn:
+        draw(options.drawn, options.draw)
+        return
     if reason := _shaped.why_not():
         print(f"skipped: {reason}", file=sys.stderr)
         return
@@ -94,7 +101,32 @@ def main() -> None:
                 rate = calibrated(line, options.times)
             lines.append(line)
             print(json.dumps(line), flush=True)
+            with ((options.keep or root) / "lines.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if options.draw:
+            draw([options.keep or root], options.draw)
         print(json.dumps({"bench": "overlap", "rate_bytes_per_s": rate, **compared(lines)}))
+
+
+def draw(folders: Sequence[Path], path: Path) -> None:
+    """Draw the median step of every case whose traces are in `folders`."""
+    panels, stages = [], []
+    for folder in folders:
+        homes = [folder / f"node-{host}" for host in range(NUM_HOSTS)]
+        for text in (folder / "lines.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            traces = _spans.read(homes, line["job"])
+            ends = _spans.commits(traces)
+            steps = range(line["since"], line["since"] + line["num_steps"])
+            step = sorted(steps, key=lambda s: ends[s] - ends[s - 1])[len(steps) // 2]
+            seconds = ends[step] - ends[step - 1]
+            rate = line["rate_bytes_per_s"]
+            where = f"lines of {rate * 8e-6:.1f} Mbit/s" if rate else "unshaped"
+            specs = ", ".join(dict.fromkeys(line["specs"]))
+            title = f"{line['codecs']} ({specs}), {where}: {seconds:.2f} s"
+            panels.append((title, traces, ends[step - 1], ends[step]))
+            stages = [_spans.stage_of(trace) for trace in traces]
+    _timeline.draw(panels, stages, path)
 
 
 def calibrated(plain: dict[str, Any], times: float) -> float:
@@ -181,6 +213,7 @@ class Swarm:
                 round((share.throttled_s() - before) / seconds, 2)
                 for share, before in zip(self._shares, throttled_s, strict=True)
             ],
+            "since": since,
             "job": job,
             "generations": [each["generation"] for each in view if each["job"] == job],
             **environment(),

@@ -77,8 +77,8 @@ def test_only_a_slow_line_gets_a_short_queue_and_loses_it_when_it_is_fast_again(
     assert pace.queue_bytes == QUEUE_BYTES
     for _ in range(7):
         assert not pace.observe(1e6), "a few slow moments are no slow line"
-    assert pace.observe(2e6)
-    assert pace.queue_bytes == int(2e6 * QUEUE_S)
+    assert pace.observe(5e6)
+    assert pace.queue_bytes == int(5e6 * QUEUE_S)
     for _ in range(8):
         pace.observe(1.0)
     assert pace.queue_bytes == LEAST_BYTES
