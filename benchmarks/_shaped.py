@@ -15,7 +15,7 @@ from pathlib import Path
 
 _CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 _PERIOD_US = 10_000
-_QUEUE_MS = 60
+_QUEUE_MS = 200
 _BURST_BYTES = 16_000
 
 
@@ -26,6 +26,11 @@ def why_not() -> str:
     if not (_CPU_GROUPS / "cgroup.procs").exists():
         return f"needs the CPU controller of control groups, version 1, at {_CPU_GROUPS}"
     return ""
+
+
+def congestion_control() -> str:
+    """What this machine's TCP uses, so what the hosts use."""
+    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
 
 
 class Hosts:

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--microbatches", type=int, default=32, help="In each slot.")
-    parser.add_argument("--ahead", type=int, default=2, help="The jobs' run.ahead.")
+    parser.add_argument("--ahead", type=int, default=6, help="The jobs' run.ahead.")
     parser.add_argument("--rate", type=float, help="Bytes/s of a line; measured unless given.")
     parser.add_argument("--cases", default=",".join(str(i) for i in range(len(CASES))))
     parser.add_argument("--keep", type=Path, help="Folder for the traces.")
@@ -206,6 +206,7 @@ class Swarm:
             "hidden": options.hidden,
             "layers": options.layers,
             "ahead": options.ahead,
+            "congestion_control": _shaped.congestion_control(),
             "core_share": options.core_share,
             "idle_cores": round((after.idle - load.idle) / seconds, 2),
             "busy_cores": {part: round(count, 2) for part, count in cores.items()},

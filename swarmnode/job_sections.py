@@ -119,8 +119,7 @@ class RunConfig(Section):
     deterministic: bool = False
     """Same job, same bits, whoever dies: one thread per worker; give placement.slots and layers."""
     ahead: int = Field(default=0, ge=0, le=256)
-    """Microbatches that a stage runs forward beyond what a pipeline on fast links needs: they cross
-    slow ones meanwhile. Each keeps its intermediates; the result stays the same."""
+    """More microbatches under way in all stages but the last: a slow link needs them, memory too."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
