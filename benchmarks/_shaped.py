@@ -17,6 +17,10 @@ _CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 _PERIOD_US = 10_000
 _QUEUE_MS = 200
 _BURST_BYTES = 16_000
+_WIRE_SHARE = 1514 / 1448
+"""Of a full packet: bytes that the token bucket counts over bytes that TCP carries."""
+CONGESTION_CONTROL = "cubic"
+"""The default of most systems at home, whatever this machine is set to."""
 
 
 def why_not() -> str:
@@ -26,11 +30,6 @@ def why_not() -> str:
     if not (_CPU_GROUPS / "cgroup.procs").exists():
         return f"needs the CPU controller of control groups, version 1, at {_CPU_GROUPS}"
     return ""
-
-
-def congestion_control() -> str:
-    """What this machine's TCP uses, so what the hosts use."""
-    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
 
 
 class Hosts:
@@ -48,7 +47,7 @@ class Hosts:
         return ["ip", "netns", "exec", self._names[host], *argv]
 
     def shape(self, bytes_per_s: float | None) -> None:
-        """Give every line this rate, up and down each; None takes all shaping away."""
+        """Let TCP carry so much on every line, up and down each; None takes all shaping away."""
         for index, name in enumerate(self._names):
             for namespace, device in ((name, "line"), (self._hub, f"to{index}")):
                 if bytes_per_s is None:
@@ -56,7 +55,7 @@ class Hosts:
                     continue
                 _run(
                     "tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf",
-                    "rate", f"{bytes_per_s * 8:.0f}bit", "burst", f"{_BURST_BYTES}",
+                    "rate", f"{bytes_per_s * _WIRE_SHARE * 8:.0f}bit", "burst", f"{_BURST_BYTES}",
                     "latency", f"{_QUEUE_MS}ms",
                 )  # fmt: skip
 
@@ -74,6 +73,8 @@ class Hosts:
             _run("ip", "-n", self._hub, "link", "set", port, "master", "bridge", "up")
             _run("ip", "-n", name, "addr", "add", f"{self.address(index)}/24", "dev", "line")
             _run("ip", "-n", name, "link", "set", "lo", "up")
+            control = f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}"
+            _run("ip", "netns", "exec", name, "sysctl", "-qw", control)
             _run("ip", "-n", name, "link", "set", "line", "up")
 
     def _remove(self) -> None:

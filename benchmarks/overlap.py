@@ -206,7 +206,7 @@ class Swarm:
             "hidden": options.hidden,
             "layers": options.layers,
             "ahead": options.ahead,
-            "congestion_control": _shaped.congestion_control(),
+            "congestion_control": _shaped.CONGESTION_CONTROL,
             "core_share": options.core_share,
             "idle_cores": round((after.idle - load.idle) / seconds, 2),
             "busy_cores": {part: round(count, 2) for part, count in cores.items()},
