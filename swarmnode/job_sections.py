@@ -119,7 +119,7 @@ class RunConfig(Section):
     deterministic: bool = False
     """Same job, same bits, whoever dies: one thread per worker; give placement.slots and layers."""
     ahead: int = Field(default=0, ge=0, le=256)
-    """More microbatches under way in all stages but the last: a slow link needs them, memory too."""
+    """More microbatches under way in all stages but the last: slow links need them."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
