@@ -7,6 +7,7 @@ import random
 import resource
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from swarmnode.coordinator import corpus
 from swarmnode.coordinator.corpus import Corpus, build_corpus
 from swarmnode.domain import BlobRef
 from swarmnode.errors import DataError, SwarmError
-from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.p2p.blob_store import BlobStore, blob_path
 from swarmnode.tokens import TokenIndex
 from swarmnode.worker.training.samples import TokenReader
 
@@ -58,7 +59,7 @@ def test_what_is_built_is_what_a_worker_reads(tmp_path: Path, store: BlobStore) 
     source = write(tmp_path, {"a.txt": text}) / "a.txt"
     built = build_corpus(source, store, sequence_length=64)
     assert [chunk.num_bytes for chunk in built.train.chunks] == [1 << 20, 1_330_000 - (1 << 20)]
-    reader = TokenReader(built.train, store.path, vocab_size=256)
+    reader = TokenReader(built.train, partial(blob_path, store.root), vocab_size=256)
     offset = (1 << 19) - 20
     assert bytes(reader.read((offset,), 64)[0].tolist()).decode() == text[offset : offset + 65]
 
@@ -237,4 +238,4 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, store: BlobStore) -> None:
 def test_a_reader_cannot_be_led_astray_by_a_wrong_hash(store: BlobStore) -> None:
     index = TokenIndex("uint16", 5, 5, (BlobRef("0" * 64, 10),))
     with pytest.raises(SwarmError, match="is not here"):
-        TokenReader(index, store.path).read((0,), 4)
+        TokenReader(index, partial(blob_path, store.root)).read((0,), 4)
