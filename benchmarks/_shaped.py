@@ -20,8 +20,8 @@ _BURST_BYTES = 16_000
 _WIRE_SHARE = 1514 / 1448
 """Of a full packet: bytes that the token bucket counts over bytes that TCP carries."""
 CONGESTION_CONTROL = "reno"
-"""What cubic, the default of most systems, does on lines this slow and short; a namespace may always
-choose it, whatever the machine is set to."""
+"""What cubic, the default of most systems, does on lines this slow and short; a namespace may
+always choose it, whatever the machine is set to."""
 
 
 def why_not() -> str:
