@@ -28,27 +28,27 @@ _WAITS = {
 }
 _SENDS = {"activation": "sends hidden states", "activation_gradient": "sends their gradients"}
 
+_LEAST_S = 0.005
+"""Shorter coding is not drawn."""
+
 Row = list[tuple[float, float, str]]
 
 
-def draw(
-    cases: Sequence[tuple[str, Sequence[_spans.NodeTrace], float, float]],
-    stages: Sequence[int],
-    path: Path,
-) -> None:
+def draw(cases: Sequence[tuple[str, Sequence[_spans.NodeTrace], float, float]], path: Path) -> None:
     """One panel for each case: its title, the traces, and from when to when.
 
-    `stages` says which stage each node holds; nodes of the first stage come first.
+    Nodes of the first stage come first.
     """
     mpl.rcParams["svg.hashsalt"] = "swarmnode"
     longest_s = max(until_s - since_s for _, _, since_s, until_s in cases)
-    order = sorted(range(len(stages)), key=lambda node: (stages[node], node))
     figure, panels = plt.subplots(
         len(cases), 1, figsize=(10, 2.1 * len(cases) + 0.8), sharex=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
     for axes, (title, traces, since_s, until_s) in zip(panels[:, 0], cases, strict=True):
         ticks = []
+        stages = [_spans.stage_of(trace) for trace in traces]
+        order = sorted(range(len(stages)), key=lambda node: (stages[node], node))
         for place, node in enumerate(order):
             computed = _computed(traces[node], since_s, until_s)
             _bars(axes, computed, since_s, -place, 0.42)
@@ -76,6 +76,8 @@ def _computed(trace: _spans.NodeTrace, since_s: float, until_s: float) -> Row:
     for span in trace.worker:  # coding lies inside of forward and backward, and is drawn over it
         if since_s <= span.began_s < until_s:
             name = span.what if span.what in _spans.WORK else "coding, sums, update"
+            if name not in _spans.WORK and span.seconds < _LEAST_S:
+                continue
             found.append((span.began_s, min(span.ended_s, until_s), name))
     return found
 

@@ -65,6 +65,9 @@ CASES = (
 )
 
 
+DRAWN = ("plain, shaped", "home, unshaped", "home, shaped", "slow, 4 times slower")
+
+
 def main() -> None:
     """Measure the cases in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -110,11 +113,13 @@ def main() -> None:
 
 def draw(folders: Sequence[Path], path: Path) -> None:
     """Draw the median step of every case whose traces are in `folders`."""
-    panels, stages = [], []
+    panels = []
     for folder in folders:
         homes = [folder / f"node-{host}" for host in range(NUM_HOSTS)]
         for text in (folder / "lines.jsonl").read_text().splitlines():
             line = json.loads(text)
+            if line["case"] not in DRAWN:
+                continue
             traces = _spans.read(homes, line["job"])
             ends = _spans.commits(traces)
             steps = range(line["since"], line["since"] + line["num_steps"])
@@ -125,8 +130,7 @@ def draw(folders: Sequence[Path], path: Path) -> None:
             specs = ", ".join(dict.fromkeys(line["specs"]))
             title = f"{line['codecs']} ({specs}), {where}: {seconds:.2f} s"
             panels.append((title, traces, ends[step - 1], ends[step]))
-            stages = [_spans.stage_of(trace) for trace in traces]
-    _timeline.draw(panels, stages, path)
+    _timeline.draw(panels, path)
 
 
 def calibrated(plain: dict[str, Any], times: float) -> float:
