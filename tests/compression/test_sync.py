@@ -42,7 +42,7 @@ def state(stage: Stage) -> list[Tensor]:
             continue
         found += [ex.averager.residual(PUSH), ex.averager.residual(REPLY)]
         if isinstance(ex, DifferenceSync):
-            found += [ex._late_N, ex._outer._momentum_N]
+            found += [ex._late_N, ex._outer.momentum_N]
     return [each.clone() for each in found]
 
 

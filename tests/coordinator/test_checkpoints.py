@@ -48,7 +48,7 @@ class World:
             facts=SimpleNamespace(tied=False),
             directory=folder / "job",
             tokenizer_directory=folder / "job" / "tokenizer",
-            ledger=SimpleNamespace(generation=4, progress=progress),
+            ledger=SimpleNamespace(generation=4, progress=progress, plan=None),
             runner=SimpleNamespace(checkpoints=self.records, settled=self._settled),
         )
         self.on_their_way: list[int] = []
