@@ -7,19 +7,22 @@ Everything runs on one machine; so that the newcomer takes no processor time fro
 it would not do at home, those who were there before run on the first core alone, the newcomer and
 this program on the last one. The pace before is taken while nobody's solver searches: it does so
 after every change, and then once a minute.
+The processes that compute can be held to a share of a core each, so that the first core has time
+left for the daemons, as a machine has that computes on its GPU.
 """
 
 import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
 import psutil
 from _long_job import LIMIT_S, LOOK_S, LongJob, Size
+from _shaped import CoreShare
 from rich.table import Table
 
 from swarmnode.cli.local_swarm import LocalNode
@@ -28,6 +31,7 @@ from swarmnode.http.api import JobView
 
 NUM_BEFORE = 3
 JOIN_SIZE = Size(hidden=128, rows=8, sequence_length=256)
+HELD_SIZE = Size(hidden=128, rows=4, sequence_length=128)
 """Computing, not messages, takes most of a step, as it does in any job that is worth a swarm."""
 BEFORE_S, AFTER_S = 20.0, 10.0
 KNOWN_S = 3.0
@@ -151,11 +155,19 @@ def start_on_one_core(job: LongJob) -> None:
     job.start(range(NUM_BEFORE))
 
 
-def measure_joins(job: LongJob, num_joins: int, note: Callable[[str], None]) -> Iterator[Joined]:
-    """One newcomer after another; for each one goes, so that there are three again."""
+def measure_joins(
+    job: LongJob, num_joins: int, shares: Sequence[CoreShare], note: Callable[[str], None]
+) -> Iterator[Joined]:
+    """One newcomer after another; for each one goes, so that there are three again.
+
+    `shares`, if there are any: what each node's computing is held to, once it is no newcomer.
+    """
     known = set(job.peers.values())
     for number in range(num_joins):
         node = job.swarm.node(NUM_BEFORE + number)
+        for index, share in enumerate(shares):
+            if index in job.live():
+                _hold(job.swarm.node(index), share)
         done = _measure(job, node, known)
         note(f"node {node.index} commits after {done.commit_s:.1f} s")
         yield done
@@ -216,13 +228,24 @@ def _measure(job: LongJob, node: LocalNode, known: set[str]) -> Joined:
     )
 
 
+def _hold(node: LocalNode, share: CoreShare) -> None:
+    for process in _running(node, "swarmnode.worker.engine.nursery"):
+        share.hold(process.pid)
+
+
 def _searches(job: LongJob) -> bool:
-    for index in job.live():
-        for process in job.swarm.node(index).processes():
-            with contextlib.suppress(psutil.Error):
-                if "swarmnode.coordinator.solver_child" in process.cmdline():
-                    return True
-    return False
+    module = "swarmnode.coordinator.solver_child"
+    return any(_running(job.swarm.node(index), module) for index in job.live())
+
+
+def _running(node: LocalNode, module: str) -> list[psutil.Process]:
+    """The node's processes that run a module, and those that they forked."""
+    found = []
+    for process in node.processes():
+        with contextlib.suppress(psutil.Error):
+            if module in process.cmdline():
+                found.append(process)
+    return found
 
 
 def _follow(

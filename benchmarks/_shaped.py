@@ -28,6 +28,13 @@ def why_not() -> str:
     """Why hosts cannot be made here; empty if they can."""
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
         return "needs root and iproute2"
+    return why_no_shares()
+
+
+def why_no_shares() -> str:
+    """Why nothing can be held to a share of a core here; empty if it can."""
+    if os.geteuid() != 0:
+        return "needs root"
     if not (_CPU_GROUPS / "cgroup.procs").exists():
         return f"needs the CPU controller of control groups, version 1, at {_CPU_GROUPS}"
     return ""

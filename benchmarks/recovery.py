@@ -31,14 +31,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from _environment import environment
-from _joining import JOIN_SIZE, NUM_BEFORE, joins_table, measure_joins, start_on_one_core
+from _joining import (
+    HELD_SIZE,
+    JOIN_SIZE,
+    NUM_BEFORE,
+    joins_table,
+    measure_joins,
+    start_on_one_core,
+)
 from _long_job import (
     LIMIT_S,
     LOOK_S,
@@ -47,6 +54,7 @@ from _long_job import (
     percentile,
     strike,
 )
+from _shaped import core_share, why_no_shares
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -231,6 +239,9 @@ def main() -> int:
     parser.add_argument(
         "--hidden", type=int, help="size of the model; each part has its own unless given"
     )
+    parser.add_argument(
+        "--core-share", type=float, default=0.0, help="of a core, to compute with in joins"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="a folder for homes and logs, which then stay")
     parser.add_argument("--json", action="store_true")
@@ -238,17 +249,24 @@ def main() -> int:
     is_join = options.part == "join"
     num_nodes = NUM_BEFORE + options.joins if is_join else NUM_NODES
     total = options.joins if is_join else options.kills
-    size = JOIN_SIZE if is_join else Size()
+    if options.core_share and (problem := why_no_shares()):
+        parser.error(f"--core-share {problem}")
+    size = (HELD_SIZE if options.core_share else JOIN_SIZE) if is_join else Size()
     if options.hidden:
         size = replace(size, hidden=options.hidden)
     console = Console(stderr=True)
     with (
         folder(options.keep) as root,
+        ExitStack() as groups,
         LocalSwarm(root, num_nodes) as swarm,
         Progress(console=console) as progress,
     ):
         task = progress.add_task(options.part, total=total)
         job = LongJob(swarm, root, size, options.seed)
+        shares = [
+            groups.enter_context(core_share(f"node-{index}", options.core_share))
+            for index in range(num_nodes if options.core_share else 0)
+        ]
         if is_join:
             start_on_one_core(job)
         else:
@@ -256,7 +274,7 @@ def main() -> int:
         job.submit()
         done: list[Any] = []
         measured = (
-            measure_joins(job, options.joins, progress.console.print)
+            measure_joins(job, options.joins, shares, progress.console.print)
             if is_join
             else Kills(job, options.seed).run(options.kills, progress.console.print)
         )
@@ -280,6 +298,7 @@ def main() -> int:
         "part": options.part,
         "seed": options.seed,
         "size": asdict(size),
+        "core_share": options.core_share,
         **figures,
         "steps_committed_once": job.witness.num_steps,
         "generations": job.witness.generation,
