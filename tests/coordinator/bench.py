@@ -96,7 +96,7 @@ class Worker:
     """
 
     peer: PeerId
-    batch: BatchConfig
+    job: Manifest
     stages: dict[int, tuple[int, ...]] = field(default_factory=dict)
     logs: dict[int, dict[int, BlobRef]] = field(default_factory=dict)
     plan: Plan | None = None
@@ -220,7 +220,7 @@ class Worker:
         assert self.plan is not None
         if not self.plan.computes(at):
             return ()
-        return tuple(range(at.slot, self.batch.num_microbatches, self.plan.num_slots))
+        return tuple(range(at.slot, self.job.microbatches_per_step, self.plan.num_slots))
 
     def _ready(self, job: JobId, generation: Generation, step: int, at: SlotId) -> Ready:
         update = BlobRef(digest(at.stage, (*self.stages[at.stage], step)), 1)
@@ -249,7 +249,7 @@ class Bench:
         self.ledger = Ledger(job, FACTS, PeerId(me), b"", self.now_s)
         self.ledger.restore(records or [])
         self.adverts = {PeerId(name): advert(name) for name in names}
-        self.workers = {peer: Worker(peer, job.batch) for peer in self.adverts}
+        self.workers = {peer: Worker(peer, job) for peer in self.adverts}
         self.journal: list[on.Record] = list(records or [])
         self.sent: list[on.Send] = []
         self.published: dict[BlobRef, tuple[int, ...]] = {}
@@ -317,7 +317,7 @@ class Bench:
         """The peer is here again, started anew, with nothing."""
         newcomer = advert(name, until_s=1e9 + self.now_s + 1)
         self.adverts[newcomer.peer] = newcomer
-        self.workers[newcomer.peer] = Worker(newcomer.peer, self.job.batch)
+        self.workers[newcomer.peer] = Worker(newcomer.peer, self.job)
         self.start()
 
     def forget_messages(self) -> None:

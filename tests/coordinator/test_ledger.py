@@ -177,7 +177,7 @@ def test_too_few_peers_wait_and_go_on_when_one_comes() -> None:
     assert "2 of 3 peers" in bench.ledger.reason
     newcomer = advert("e")
     bench.adverts = {p: a for p, a in bench.adverts.items() if p != "c"} | {newcomer.peer: newcomer}
-    bench.workers[newcomer.peer] = type(bench.workers[PeerId("a")])(newcomer.peer, bench.job.batch)
+    bench.workers[newcomer.peer] = Worker(newcomer.peer, bench.job)
     bench.start()
     bench.run()
     assert bench.commits() == list(range(STEPS))
@@ -194,7 +194,7 @@ def test_a_lost_peer_gets_no_work_until_its_advert_is_renewed() -> None:
     bench.now_s += 60.0
     bench.start()
     assert "d" not in bench.ledger.plan.workers() if bench.ledger.plan else False
-    bench.workers[late.peer] = type(bench.workers[PeerId("a")])(late.peer, bench.job.batch)
+    bench.workers[late.peer] = Worker(late.peer, bench.job)
     bench.adverts[late.peer] = advert("d", until_s=3e9)
     bench.start()
     bench.tick(10.0)
@@ -349,7 +349,7 @@ def test_a_coordinator_that_a_majority_left_steps_down() -> None:
         worker.promised, worker.promised_to, worker.adopted = 7, "c", 7
     bench.kill("b")
     bench.forget_messages()
-    again = Worker(PeerId("b"), bench.job.batch, promised=7, promised_to="c", adopted=7)
+    again = Worker(PeerId("b"), bench.job, promised=7, promised_to="c", adopted=7)
     bench.workers[again.peer] = again
     for _ in range(60):
         bench.next() if bench.inbox else bench.tick(1.0)

@@ -98,6 +98,19 @@ def test_a_slow_link_leads_to_a_generation_whose_workers_all_know_its_codecs() -
     assert bench.commits() == list(range(STEPS)), "no step is computed twice"
 
 
+def test_a_job_of_local_steps_follows_its_links_too() -> None:
+    """Both what is computed and what crosses is that of a round."""
+    bench = running(job(sync="diloco,every=3"))
+    assert bench.job.microbatches_per_step == 3 * bench.job.batch.num_microbatches
+    steps(bench, 5, fast)
+    assert plan_of(bench).links == ()
+    steps(bench, round(COARSER_AFTER_S / STEP_S) + 3, slow)
+    assert plan_of(bench).links == (slow_link(plan_of(bench)),)
+    bench.run()
+    assert histories(bench) == {tuple(range(STEPS))}
+    assert bench.commits() == list(range(STEPS)), "no round is computed twice"
+
+
 def test_it_is_in_the_journal_before_anybody_is_told_and_is_replayed_from_it() -> None:
     bench = running(job())
     steps(bench, round(COARSER_AFTER_S / STEP_S) + 5, slow)

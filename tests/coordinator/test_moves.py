@@ -20,7 +20,7 @@ def with_a_newcomer(names: str, *, move_s: float = 0.0, settled_s: float = 10.0)
         bench.next()
     newcomer = advert("e")
     bench.adverts[newcomer.peer] = newcomer
-    bench.workers[newcomer.peer] = Worker(newcomer.peer, bench.job.batch)
+    bench.workers[newcomer.peer] = Worker(newcomer.peer, bench.job)
     bench.start()
     bench.tick(settled_s)
     bench.run()

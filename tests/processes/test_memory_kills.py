@@ -1,20 +1,14 @@
 """Codecs with a memory on real processes that die: every step once, and the run ends."""
 
-import io
 import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from swarmnode.cli.demo_kills import Killing, draw_kills
-from swarmnode.cli.demo_watch import JobWatch, Trial
-from swarmnode.cli.display import Display
+from swarmnode.cli.demo_kills import draw_kills
 from swarmnode.cli.local_swarm import LocalSwarm
-from swarmnode.config import LOG_FILE
-from swarmnode.coordinator.events import CommitRecord, EvaluationRecord
-from swarmnode.coordinator.journal import read_journal
 from tests.processes.conftest import job_file
+from tests.processes.kills import replicas_agree, trained
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(400)]
 NODES, STEPS = 4, 30
@@ -32,31 +26,17 @@ def test_kills_lose_and_double_no_step(name: str, text: Path, tmp_path: Path) ->
     codecs = CASES[name]
     data = {"path": str(text), "max_bytes": EIGHT_STEPS_BYTES}
     run = {"steps": STEPS, "seed": 7, "deterministic": True}
-    said = io.StringIO()
+    raw = job_file(text, name, placement=GRID, run=run, data=data, codecs=codecs)
     with LocalSwarm(tmp_path / "swarm", NODES) as swarm:
         swarm.start()
-        raw = job_file(text, name, placement=GRID, run=run, data=data, codecs=codecs)
-        job = swarm.node(0).client.submit(raw, text)
-        watch = JobWatch(swarm, job)
-        kills = draw_kills(3, 5, NODES)
-        trial = Trial(swarm, watch, Killing(kills, NODES, STEPS), Display(Console(file=said), ""))
-        try:
-            view = trial.run()
-        finally:
-            print(said.getvalue())
-        assert len(trial.kills) == 3
-        assert all(kill.recovery_s is not None for kill in trial.kills)
-        losses = watch.client.losses(job)
-        assert watch.node is not None
-        records, _ = read_journal(swarm.node(watch.node).home / "jobs" / job / "journal")
-        logs = [(node.home / LOG_FILE).read_text(encoding="utf-8") for node in swarm.nodes]
-    assert [r.step for r in records if isinstance(r, CommitRecord)] == list(range(STEPS))
-    assert not any("differ after step" in log for log in logs), "replicas are equal"
-    known = [loss for loss in losses if loss is not None]
-    assert len(losses) == STEPS
+        with trained(swarm, raw, text, tmp_path, draw_kills(3, 5, NODES)) as found:
+            assert found.committed == list(range(STEPS))
+            assert replicas_agree(swarm)
+    known = [loss for loss in found.losses if loss is not None]
+    assert len(found.losses) == STEPS
     assert all(map(math.isfinite, known))
     assert known[-1] < known[0]
-    evaluations = [r for r in records if isinstance(r, EvaluationRecord)]
+    view = found.view
     assert view.codecs == {"activation": "int8", "activation_gradient": "int8", **codecs}
-    assert {r.codec for r in evaluations} == {view.val_codec}
+    assert {evaluation.codec for evaluation in found.evaluations} == {view.val_codec}
     assert view.val_codec == ("bf16" if name == "aq" else "int8")

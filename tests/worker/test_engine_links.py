@@ -40,7 +40,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def manifest_of(blobs: Path, **codecs: Any) -> Manifest:
-    settings = CodecConfig(gradient="int8", **{"activation": "int8", **codecs})
+    settings = CodecConfig(**{"activation": "int8", **codecs})
     return make_manifest(blobs, WIDE, codecs=settings, stages=3, slots=2)
 
 
@@ -96,6 +96,15 @@ def test_where_all_links_are_coarser_the_bits_are_those_of_a_job_with_these_code
     coarser = list(results(started(manifest, tmp_path, links=EVERY, shuffle=2)))
     assert coarser == list(results(started(asked, tmp_path, shuffle=3)))
     assert coarser != list(results(started(manifest, tmp_path)))
+
+
+def test_rounds_of_local_steps_cross_coarser_links_with_their_codecs_too(tmp_path: Path) -> None:
+    rounds = manifest_of(tmp_path, sync="diloco,every=2")
+    asked = {"activation": FORWARD, "activation_gradient": BACKWARD}
+    coarse_rounds = manifest_of(tmp_path, sync="diloco,every=2", **asked)
+    coarser = list(results(started(rounds, tmp_path, links=EVERY, shuffle=2)))
+    assert coarser == list(results(started(coarse_rounds, tmp_path, shuffle=3)))
+    assert coarser != list(results(started(rounds, tmp_path)))
 
 
 def test_what_stays_on_one_machine_keeps_the_job_s_codecs(
