@@ -8,7 +8,8 @@ must not change what is still being copied. One JSON line for each size, times i
 `torch_save`: a blocking torch.save of the same state to the same disk;
 `ours.blocked`: what the thread that trains waits, at the start of the snapshot and before the
 optimizer; `ours.blocked_at_once`: the same if the optimizer comes at once, without computing;
-`ours.slower`: how much longer the computing takes while the copy is made and written.
+`ours.slower`: how much longer the computing takes while the copy is made and written;
+`optimizer_step`: one step of torch's AdamW on as many values, which `blocked` must stay below.
 """
 
 import argparse
@@ -57,6 +58,19 @@ class Optimizer:
 
     def apply(self, _gradients: Mapping[str, Tensor], *, step: int, num_steps: int) -> None:
         """Change nothing: only the wait before it is measured."""
+
+
+def optimizer_steps(num_parameters: int, num_runs: int) -> list[float]:
+    """Milliseconds of each of `num_runs` steps of AdamW, after one that makes its moments."""
+    weights = [torch.randn(SIDE, SIDE) for _ in range(max(1, round(num_parameters / SIDE**2)))]
+    for weight in weights:
+        weight.grad = torch.randn(SIDE, SIDE)
+    optimizer, times = torch.optim.AdamW(weights), []
+    for _ in range(num_runs + 1):
+        started_s = time.perf_counter()
+        optimizer.step()
+        times.append(1e3 * (time.perf_counter() - started_s))
+    return times
 
 
 def snapshot_of_today(state: StageState, path: Path, done: threading.Event) -> Callable[[], None]:
@@ -132,6 +146,7 @@ def measure(num_parameters: int, folder: Path, *, num_runs: int, compute_s: floa
         "state_bytes": sum(t.nbytes for t in tensors.values()),
         "compute_s": round(median(quiet[1:]), 3),
         "torch_save": spread(saves),
+        "optimizer_step": spread(optimizer_steps(num_parameters, num_runs)),
         "ours": {
             "blocked": spread(blocked),
             "blocked_at_once": spread(at_once),
