@@ -19,6 +19,7 @@ from swarmnode.engine_messages import (
     Warm,
 )
 from swarmnode.errors import ChildError, ProtocolError, SwarmError
+from swarmnode.failpoints import hit
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     MAX_LINK_REPORTS,
@@ -177,6 +178,7 @@ class ChildHost:
 
     async def commit(self, commit: Commit) -> None:
         """Let the child apply a step. What follows is done after it, so it counts as applied."""
+        hit("commit_received", commit.step)
         memory = self._keeper.memory
         for stage in [stage for stage, step in memory.items() if step == commit.step]:
             memory[stage] = commit.step + 1

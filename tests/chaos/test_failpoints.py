@@ -35,6 +35,16 @@ def test_two_worker_children_die(
     assert trial.fallen() == [], "every daemon outlives a child"
 
 
+def test_a_node_dies_between_ready_and_commit(trial: Trial, undisturbed: Outcome) -> None:
+    """Its Ready was counted, and it has not done what it was for; others have, or will."""
+    trial.arm(1, "commit_received:9")
+    job = trial.submit("between")
+    until(lambda: trial.was_hit(1), "the node dies")
+    until(lambda: len(trial.fallen()) == 1, "all of it")
+    trial.heal()
+    assert job.outcome() == undisturbed
+
+
 @pytest.mark.parametrize("place", ["joining", "seeding"])
 def test_a_node_dies_while_a_state_moves(trial: Trial, undisturbed: Outcome, place: str) -> None:
     """One host of a stage is gone, so somebody new fetches it; that one dies, or who gives it."""
