@@ -107,6 +107,21 @@ def test_without_its_moments_it_does_not(
     assert difference.max() > 1e-4, difference
 
 
+def test_a_plain_hugging_face_folder_is_trained_on(
+    swarm: LocalSwarm, text: Path, undisturbed: tuple[list[float], Path]
+) -> None:
+    expected, folder = undisturbed
+    client = swarm.node(0).client
+    raw = a_job(text, "plain", {"stages": 3, "slots": 1}, path=str(folder.with_name("plain")))
+    job = client.submit(raw, text)
+    view = wait_for(client, job, serving)
+    losses = losses_of(client, job)
+    client.stop(job)
+    assert (view.step, len(losses)) == (STEPS, STEPS), "it begins at step 0, with the weights alone"
+    assert losses[0] < expected[0] - 0.5, "from weights that have learned"
+    assert losses[-1] < losses[0] - 0.1, "and it learns on"
+
+
 def test_what_differs_from_the_run_before_is_said(
     swarm: LocalSwarm, text: Path, undisturbed: tuple[list[float], Path]
 ) -> None:
