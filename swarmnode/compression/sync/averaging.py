@@ -147,7 +147,7 @@ class Averager:
 
         `pushes` are those that the step counts, by slot, without this slot's own.
         Raises: CodecError if a message is not what its slot must have sent: leave that slot out;
-        or if the mean cannot be coded. What was replied to is then as before, and may be tried again.
+        or if the mean cannot be coded. What is owed is then as before: it may be tried again.
         """
         assert self._open is not None
         parts = self._parts_for(self.slot)
@@ -183,7 +183,7 @@ class Averager:
     def receive(self, messages: Mapping[int, Payload]) -> dict[Part, Tensor]:
         """The mean of this fragment, by part: from the owners' replies, or from all pushes.
 
-        Raises: CodecError if a message is not what its slot must have sent, or an owner's is missing.
+        Raises: CodecError if a message is not what its slot must have sent, or is missing.
         """
         assert self._open is not None
         if self.sync.topology != "owners":
