@@ -100,6 +100,8 @@ class CodecConfig(Section):
     """Instead of gradients: local steps, then one exchange; as diloco,every=30; compression.md."""
     delta_cache_bytes: int = Field(default=DELTA_CACHE_BYTES, ge=0, le=1 << 50)
     """With aq/: memory for hidden states, at each end of each boundary of each slot."""
+    delta_cache_on_disk: bool = False
+    """With aq/: that memory is a file in the job's folder on each node, reserved at once."""
     follow_links: bool = False
     """Whether links too slow for these codecs go over to coarser ones; by default with a preset."""
 
@@ -109,6 +111,8 @@ class CodecConfig(Section):
         found: dict[str, Any] = serialize(self)
         if self.delta_cache_bytes == DELTA_CACHE_BYTES:
             found.pop("delta_cache_bytes", None)
+        if not self.delta_cache_on_disk:
+            found.pop("delta_cache_on_disk", None)
         if not self.follow_links:
             found.pop("follow_links", None)
         if self.sync is None:

@@ -94,7 +94,7 @@ class NeighbourSync:
         return {}
 
     def receive(self, messages: Mapping[int, Payload]) -> None:
-        """Raises: CodecError unless it is one message of each neighbour, as it must have sent it."""
+        """Raises: CodecError unless it is one message of each neighbour, as it must be."""
         assert self._open is not None
         if sorted(messages) != self.neighbours:
             raise CodecError(f"messages of slots {sorted(messages)} instead of {self.neighbours}")
