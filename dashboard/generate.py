@@ -163,6 +163,23 @@ def training() -> list[timeseries.Panel]:
     ]  # fmt: skip
 
 
+def codecs() -> list[timeseries.Panel]:
+    coded = f"rate(swarmnode_coded_bytes_total{{{NODE}}}[$__rate_interval])"
+    error = f"swarmnode_coding_error_ratio{{{NODE}}}"
+    return [
+        curves(
+            "Coded bytes", "Of all coded tensors, also of those that stay on their node.", "Bps",
+            (f"sum by (kind, codec) ({coded})", "{{kind}} {{codec}}"),
+            stacked=True,
+        ),
+        curves(
+            "Coding error", "Norm of what was lost over norm of the tensor: the worst node.",
+            "percentunit",
+            (f"max by (kind, codec) ({error})", "{{kind}} {{codec}}"),
+        ),
+    ]  # fmt: skip
+
+
 def nodes() -> list[timeseries.Panel]:
     free = f"swarmnode_device_memory_free_bytes{{{NODE}}}"
     total = f"swarmnode_device_memory_bytes{{{NODE}}}"
@@ -244,7 +261,10 @@ def build() -> dict[str, Any]:
         .with_variable(choice("job_name", "Job", "label_values(swarmnode_job_step, job_name)"))
         .with_variable(choice("peer", "Node", 'label_values(up{job="swarmnode"}, peer)'))
     )
-    for title, panels in (("Swarm", overview()), ("Jobs", training()), ("Nodes", nodes())):
+    rows = (
+        ("Swarm", overview()), ("Jobs", training()), ("Codecs", codecs()), ("Nodes", nodes()),
+    )  # fmt: skip
+    for title, panels in rows:
         builder = builder.with_row(dashboards.Row(title))
         for panel in panels:
             builder = builder.with_panel(panel)

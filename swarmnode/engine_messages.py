@@ -39,7 +39,7 @@ class Configure:
     """Make the child ready for a generation; the payload is the canonical manifest.
 
     The token chunks of the manifest's data are in `blob_directory`. Snapshots and updates of
-    stage s are written to `log_directory`/stage-s.
+    stage s are written to `log_directory`/stage-s; files without a name are in `log_directory`.
     """
 
     job: JobId

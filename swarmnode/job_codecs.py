@@ -13,13 +13,17 @@ from pydantic import (
     model_validator,
 )
 
-from swarmnode.codec_specs import PRESETS, Memory, parse_spec, spec_with
+from swarmnode.codec_specs import PRESETS, Memory, parse_spec, spec_with, stateless_spec
 from swarmnode.errors import ManifestError
 from swarmnode.sync_specs import Sync, parse_sync
 
 DELTA_CACHE_BYTES = 1 << 30
 FOLLOWING_PRESETS = ("lan", "home")
 """Those of which a slow link may take a coarser one: `fidelity` is to lose nothing at all."""
+_NEEDS_MATRICES = (
+    "codes matrices, and training cuts a stage's gradients into flat shards, which it would send "
+    "as bf16; use another, as topk64of4096/int4"
+)
 
 
 class Section(BaseModel):
@@ -30,21 +34,27 @@ class Section(BaseModel):
     )
 
 
-def _codec_name(*memories: Memory) -> AfterValidator:
-    """The one name of the codec, so that the same job has the same id."""
+def _codec_name(*memories: Memory, is_flat: bool = False) -> AfterValidator:
+    """The one name of the codec, so that the same job has the same id.
+
+    `is_flat`: of vectors. Codecs of matrices are refused: they would do nothing there.
+    """
 
     def name(text: str) -> str:
         try:
-            return str(spec_with(text, *memories))
+            spec = spec_with(text, *memories)
         except ManifestError as error:
             raise ValueError(str(error)) from None
+        if is_flat and spec.rank:
+            raise ValueError(f"{text!r} {_NEEDS_MATRICES}")
+        return str(spec)
 
     return AfterValidator(name)
 
 
 ActivationCodecName = Annotated[str, _codec_name("delta")]
 ActivationGradientCodecName = Annotated[str, _codec_name()]
-GradientCodecName = Annotated[str, _codec_name("feedback")]
+GradientCodecName = Annotated[str, _codec_name("feedback", is_flat=True)]
 
 
 def _sync_name(text: str | None) -> str | None:
@@ -64,6 +74,7 @@ def _sync_name(text: str | None) -> str | None:
         "feedback": sync.memory == "weights",
         "the reply has the codec of what is sent; leave it out": sync.reply not in ("", sync.codec),
         "an outer step is not clipped here; leave /clip out": sync.outer.clip > 0,
+        f"its codec {_NEEDS_MATRICES}": stateless_spec(sync.codec).rank > 0,
     }
     for refusal, holds in refusals.items():
         if holds:
@@ -84,11 +95,13 @@ class CodecConfig(Section):
     activation_gradient: ActivationGradientCodecName = "int8"
     """Codec of their gradients, back from stage to stage."""
     gradient: GradientCodecName = "none"
-    """Codec of parameter gradients, among the slots of a stage; may end in +ef."""
+    """Codec of parameter gradients, among the slots of a stage; may end in +ef; no powersgd."""
     sync: SyncName = None
     """Instead of gradients: local steps, then one exchange; as diloco,every=30; compression.md."""
     delta_cache_bytes: int = Field(default=DELTA_CACHE_BYTES, ge=0, le=1 << 50)
     """With aq/: memory for hidden states, at each end of each boundary of each slot."""
+    delta_cache_on_disk: bool = False
+    """With aq/: that memory is a file in the job's folder on each node, reserved at once."""
     follow_links: bool = False
     """Whether links too slow for these codecs go over to coarser ones; by default with a preset."""
 
@@ -98,6 +111,8 @@ class CodecConfig(Section):
         found: dict[str, Any] = serialize(self)
         if self.delta_cache_bytes == DELTA_CACHE_BYTES:
             found.pop("delta_cache_bytes", None)
+        if not self.delta_cache_on_disk:
+            found.pop("delta_cache_on_disk", None)
         if not self.follow_links:
             found.pop("follow_links", None)
         if self.sync is None:

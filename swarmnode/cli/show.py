@@ -162,6 +162,9 @@ def job_line(view: JobView) -> str:
     if view.tokens_per_s is not None:
         parts.append(f"{view.tokens_per_s:.0f} tokens/s")
     parts.append(f"sent {amount(sum(view.bytes_by_kind.values()), 'B')}")
+    raw_bytes = sum(each.raw_bytes for each in view.codings)
+    if coded_bytes := sum(each.coded_bytes for each in view.codings):
+        parts.append(f"coded float32 / {raw_bytes / coded_bytes:.1f}")
     parts.append(f"generation {view.generation}")
     if view.recoveries:
         parts.append(f"recoveries {view.recoveries}")

@@ -44,6 +44,7 @@ def test_the_table_has_a_row_for_each_codec(monkeypatch: Any, capsys: Any) -> No
     assert status == 0
     assert "8 x 4096 bfloat16 on cpu" in out
     assert "stride0.5/int4" in out
+    assert "gaussian, student_t3, outlier: squared error over squared norm" in " ".join(out.split())
 
 
 def test_an_unknown_codec_is_refused_in_one_line(monkeypatch: Any, capsys: Any) -> None:

@@ -72,8 +72,10 @@ def test_watch_prints_lines_until_the_job_serves(cli: Cli, node: FakeNode) -> No
     assert "serving" in out
     assert "step 10/10" in out
     assert "validation 2.1250" in out
+    assert "coded" not in out, "nothing yet"
     coding = Coding("activation", "aq/int4/32", 700, 100, 0.5, 0.0, 0.0)
     node.change(codecs={"activation": "aq/int4/32"}, val_codec="bf16", codings=(coding,))
+    assert "coded float32 / 7.0" in cli("watch", "tiny")[1]
     (line,) = cli("watch", "tiny", "--json")[1].splitlines()
     view = json.loads(line)
     assert view["bytes_by_kind"] == {"activation": 1000, "reduced": 500}

@@ -192,8 +192,18 @@ def mutate(rng: random.Random, originals: list[bytes]) -> bytes:
     return bytes(data)
 
 
+def unpack_or_none(data: bytes) -> object:
+    try:
+        return unpack(data, MAX_ELEMENTS)
+    except CodecError:
+        return None
+
+
 def survive(count: int, seed: int) -> tuple[int, int]:
-    """(tensors, refusals) of so many payloads; anything else that happens is a failure."""
+    """(tensors, refusals) of so many payloads; anything else that happens is a failure.
+
+    So is more memory than `unpack` states, which is looked at for every 500th of them.
+    """
     rng = random.Random(seed)
     shapes = [(5,), (3, 20), (40, 50), (129,), (2, 3, 4)]
     originals = [
@@ -205,6 +215,9 @@ def survive(count: int, seed: int) -> tuple[int, int]:
     tensors = refusals = 0
     for number in range(count):
         data = mutate(rng, originals)
+        if number % 500 == 0:
+            peak = peak_bytes(lambda data=data: unpack_or_none(data))  # type: ignore[misc]
+            assert peak <= UNPACK_BYTES_PER_ELEMENT * MAX_ELEMENTS + (1 << 20), (seed, number)
         try:
             found = unpack(data, MAX_ELEMENTS)
         except CodecError:

@@ -147,13 +147,19 @@ def test_any_text_is_a_spec_or_a_manifest_error(text: str) -> None:
 
 
 def test_a_job_may_name_any_codec_and_a_memory_where_it_is_of_use() -> None:
-    job = CodecConfig(activation="int4/32", activation_gradient="int8/128", gradient="powersgd/r4")
+    job = CodecConfig(
+        activation="int4/32", activation_gradient="int8/128", gradient="stride0.1/int4"
+    )
     assert (job.activation, job.activation_gradient) == ("int4/32", "int8")
+    assert CodecConfig(activation="powersgd/r4").activation == "powersgd/r4"
     raw = {"name": "j", "model": {"config": "c"}, "data": {"path": "d"}}
     assert CodecConfig(gradient="topk64of4096/int4/128+ef").gradient == "topk64of4096/int4+ef"
     for key, codec, says in [
         ("gradient", "int4", "unknown codec 'int4'"),
         ("gradient", "aq/int4/32", "use 'int4/32'"),
+        ("gradient", "powersgd/r8", "'powersgd/r8' codes matrices, .* flat shards"),
+        ("gradient", "powersgd/r8+ef", "codes matrices, .* use another"),
+        ("sync", "diloco,codec=powersgd/r8,memory=feedback", "its codec codes matrices"),
         ("activation", "int4/32+ef", "use 'int4/32'"),
         ("activation_gradient", "int4/32+ef", "use 'int4/32'"),
         ("activation_gradient", "aq/int4/32", "use 'int4/32'"),

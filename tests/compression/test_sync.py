@@ -309,3 +309,20 @@ def test_fragments_take_turns_and_cover_everything() -> None:
     stage = Stage(sync)
     stage.train(6, is_last=False)
     assert stage.traffic.num_exchanges == 3
+
+
+@pytest.mark.parametrize("num_fragments", [1, 5, 10])
+def test_a_stride_reaches_every_value_of_every_fragment(num_fragments: int) -> None:
+    """A tenth in each exchange of a fragment: after ten of them, each value has gone once."""
+    sync = parse_sync(f"cocktail,every=10,codec=stride0.1/none,fragments={num_fragments}")
+    layout = layout_of([(10 * 4096,)], sync, 2)
+    averagers = [Averager(sync, layout, slot) for slot in range(2)]
+    values = [torch.ones(layout.num_values)] * 2
+    sent_N = torch.zeros(layout.num_values)
+    for _ in range(10 * num_fragments):
+        run_exchange(averagers, values)
+        for part, each in averagers[0].sent().items():
+            sent_N[part.start : part.stop] += each
+        for averager in averagers:
+            averager.commit()
+    assert torch.equal(sent_N, torch.ones(layout.num_values))

@@ -8,7 +8,7 @@ import torch
 from swarmnode.compression.sync.averaging import Averager
 from swarmnode.compression.sync.layout import layout_of
 from swarmnode.compression.sync.loopback import exchange
-from swarmnode.compression.sync.messages import HEADER_BYTES
+from swarmnode.compression.sync.messages import HEADER_BYTES, REPLY
 from swarmnode.compression.sync.neighbours import NeighbourSync
 from swarmnode.compression.sync.sums import checked_mean, rejected_slots
 from swarmnode.errors import CodecError
@@ -131,3 +131,65 @@ def test_a_value_that_cannot_be_coded_leaves_nothing_under_way() -> None:
     assert not averager.residual().any()
     averager.prepare(torch.ones_like(values_N))
     averager.rollback()
+
+
+def test_replies_of_other_slots_than_the_owners_are_a_codec_error() -> None:
+    averagers = averagers_of(Sync(), 3)
+    values_N = torch.ones(averagers[0].layout.num_values)
+    pushes = [a.prepare(values_N) for a in averagers]
+    replies = [a.reduce({s: pushes[s][a.slot] for s in range(3) if s != a.slot}) for a in averagers]
+    good = {slot: replies[slot][0] for slot in (1, 2)}
+    for bad in ({}, {1: good[1]}, {**good, 0: good[1]}, {**good, 7: good[1]}):
+        with pytest.raises(CodecError, match=r"instead of \[1, 2\]"):
+            averagers[0].receive(bad)
+    averagers[0].receive(good)
+
+
+@pytest.mark.parametrize("topology", ["owners", "everyone"])
+def test_a_contribution_of_nobody_is_a_codec_error(topology: str) -> None:
+    averagers = averagers_of(Sync(topology=topology), 3)  # type: ignore[arg-type]
+    values_N = torch.ones(averagers[0].layout.num_values)
+    pushes = [a.prepare(values_N) for a in averagers]
+    take = averagers[0].reduce if topology == "owners" else averagers[0].receive
+    for stranger in (0, 3, -1):
+        with pytest.raises(CodecError, match="none of the others"):
+            take({stranger: pushes[1][0]})
+    assert take({1: pushes[1][0], 2: pushes[2][0]})
+
+
+@pytest.mark.parametrize("name", ["decentralised", "lowprecision"])
+def test_messages_of_others_than_the_neighbours_are_a_codec_error(name: str) -> None:
+    slots = Stage(parse_sync(name), num_slots=5).slots
+    pushes = [slot.prepare() for slot in slots]
+    good = {slot: pushes[slot][0] for slot in (1, 4)}
+    for bad in ({}, {1: good[1]}, {**good, 2: pushes[2][1]}, {1: good[1], 2: pushes[2][1]}):
+        with pytest.raises(CodecError, match=r"instead of \[1, 4\]"):
+            slots[0].receive(bad)
+    slots[0].receive(good)
+
+
+def test_a_reply_that_cannot_be_coded_may_be_tried_again() -> None:
+    """What is owed to the owner's second matrix overflows: the reply fails after its first one."""
+    sync = parse_sync("powersgd,warmup=0,codec=powersgd/r2")
+    layout = layout_of([(80, 90)] * 4, sync, 2)
+    averagers, untroubled = ([Averager(sync, layout, s) for s in range(2)] for _ in range(2))
+    generator = torch.Generator().manual_seed(6)
+    values = [torch.randn(layout.num_values, generator=generator) for _ in range(2)]
+    for each in (averagers, untroubled):
+        run_exchange(each, values)
+        for averager in each:
+            averager.commit()
+    owner, push, same = averagers[0], averagers[1].prepare(values[1])[0], untroubled[0]
+    owner.prepare(values[0])
+    same.prepare(values[0])
+    residual = owner._feedback[REPLY, layout.parts_of(0, owner=0)[1]].residual
+    assert residual is not None
+    kept, residual[0] = float(residual[0]), math.inf
+    for _ in range(2):
+        with pytest.raises(CodecError):
+            owner.reduce({1: push})
+    residual[0] = kept
+    assert owner.reduce({1: push}) == same.reduce({1: push})
+    for averager in (owner, same):
+        averager.rollback()
+    assert torch.equal(owner.residual(REPLY), same.residual(REPLY))

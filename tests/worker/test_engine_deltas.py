@@ -1,5 +1,8 @@
 """AQ-SGD in training: both ends of a boundary hold the same bits, for as long as a generation."""
 
+import contextlib
+import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,9 @@ def check_mirrored(swarm: Swarm, num_samples: int) -> None:
 
 def counts(swarm: Swarm) -> tuple[int, int]:
     """Samples that were sent in full, and as a change."""
-    found = deltas_of(swarm)
-    return sum(each.num_full for each in found), sum(each.num_changes for each in found)
+    found = [end.counts for each in deltas_of(swarm) for end in each._senders.values()]
+    num_full = sum(each.num_full + each.num_unkept + each.num_cold for each in found)
+    return num_full, sum(each.num_deltas for each in found)
 
 
 def test_both_ends_are_equal_after_every_step_and_only_the_first_visit_is_in_full(
@@ -164,6 +168,36 @@ def test_samples_beyond_the_budget_travel_in_full_every_time(blobs: Path) -> Non
         swarm.step(step)
     check_mirrored(swarm, 5)
     assert counts(swarm) == (2 * NUM_WINDOWS + 2 * (NUM_WINDOWS - 10), 2 * 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_cache_on_disk_is_a_file_in_the_jobs_folder_and_changes_no_bit(blobs: Path) -> None:
+    room, found = 5 * 16 * 32 * 2, {}
+    for on_disk in (False, True):
+        codecs = {"delta_cache_bytes": room, "delta_cache_on_disk": on_disk}
+        swarm = started(manifest_of(blobs, codecs=codecs), blobs)
+        found[on_disk] = [swarm.step(step) for step in range(6)]
+        check_mirrored(swarm, 5)
+        assert counts(swarm)[1] == 2 * 10
+        sizes = {peer: mapped_sizes(swarm.home / peer) for peer in "abcdef"}
+        rooms = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 1, "f": 1} if on_disk else {}
+        assert sizes == {peer: [room] * rooms.get(peer, 0) for peer in "abcdef"}
+        assert all(not list((swarm.home / peer).glob("#*")) for peer in "abcdef"), "no name"
+        swarm.configure(6, "keep")
+        gc.collect()
+        assert sizes == {peer: mapped_sizes(swarm.home / peer) for peer in "abcdef"}, "none is left"
+    steps, same = found.values()
+    assert [(s.losses, s.hashes) for s in steps] == [(s.losses, s.hashes) for s in same]
+
+
+def mapped_sizes(folder: Path) -> list[int]:
+    """Of the files without a name in `folder` that this process holds open."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if link.readlink().parent == folder.resolve():
+                found.append(link.stat().st_size)
+    return found
 
 
 @pytest.mark.parametrize("extra_bytes", [-1, 1, 1 << 20])

@@ -205,6 +205,20 @@ def test_a_residual_that_comes_back_late_is_dropped(manifest: Manifest, blobs: P
     assert swarm.engines[PeerId("b")].dropped["residual"] == number
 
 
+def test_what_a_slot_owed_that_went_elsewhere_is_counted_at_the_commit(
+    manifest: Manifest, blobs: Path
+) -> None:
+    swarm = run(manifest, blobs, steps=2)
+    held = {peer: engine._residuals.num_held for peer, engine in swarm.engines.items()}
+    assert min(held.values()) > 0
+    swarm.slots = [["b", "a"], ["c", "d"]]
+    swarm.configure(2, "keep")
+    assert swarm.dropped() == {}
+    swarm.step(2)
+    dropped = {peer: engine.dropped["residual"] for peer, engine in swarm.engines.items()}
+    assert dropped == {**held, "c": 0, "d": 0}
+
+
 def test_another_cut_forgets_what_meant_other_values() -> None:
     residuals, codec = Residuals(), codec_of(parse_spec("int2/32"))
     residuals.begin("one", 0, lambda _: None)

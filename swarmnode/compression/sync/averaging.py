@@ -21,6 +21,7 @@ from swarmnode.compression.sync.layout import Layout, Part
 from swarmnode.compression.sync.messages import PUSH, REPLY, Envelope
 from swarmnode.compression.sync.sums import checked_mean
 from swarmnode.compression.tensors import Payload
+from swarmnode.errors import CodecError
 from swarmnode.sync_specs import Sync
 
 MAX_ABSENCE = 8
@@ -51,7 +52,6 @@ class _Open:
     push: Envelope
     sent: dict[Part, _Sent] = field(default_factory=dict)
     replied: dict[Part, _Sent] = field(default_factory=dict)
-    own_reply: bytes = b""
 
 
 class Averager:
@@ -121,16 +121,11 @@ class Averager:
         self, envelope: Envelope, part: Part, values: Tensor, into: dict[Part, _Sent]
     ) -> bytearray:
         feedback = self._memory(envelope, part)
-        pending = None if feedback is None else feedback.prepare(values, self._round)
+        pending = None if feedback is None else feedback.prepare(values, envelope.round)
         sent = into[part] = _Sent(feedback, pending, values)
         body = envelope.encode(part, values if pending is None else pending.tensor)
         sent.decoded = envelope.decode(part, body)
         return body
-
-    @property
-    def _round(self) -> int:
-        """Exchanges of this fragment before this one."""
-        return self.num_exchanges // self.layout.num_fragments
 
     def _memory(self, envelope: Envelope, part: Part) -> ErrorFeedback | None:
         is_reply = envelope.kind == REPLY
@@ -151,7 +146,8 @@ class Averager:
         """Sum this slot's shard; what to reply, by slot. Nothing where everyone sums.
 
         `pushes` are those that the step counts, by slot, without this slot's own.
-        Raises: CodecError if a message is not what its slot must have sent: leave that slot out.
+        Raises: CodecError if a message is not what its slot must have sent: leave that slot out;
+        or if the mean cannot be coded. What is owed is then as before: it may be tried again.
         """
         assert self._open is not None
         parts = self._parts_for(self.slot)
@@ -160,17 +156,24 @@ class Averager:
         mean = self._mean(pushes, parts)
         envelope = replace(self._open.push, kind=REPLY)
         bodies, start = [], 0
-        for part in parts:
-            values = mean[start : start + part.size]
-            bodies.append(self._code(envelope, part, values, self._open.replied))
-            start += part.size
-        self._open.own_reply = envelope.seal(self.slot, bodies)
-        return dict.fromkeys(self._others, self._open.own_reply)
+        try:
+            for part in parts:
+                values = mean[start : start + part.size]
+                bodies.append(self._code(envelope, part, values, self._open.replied))
+                start += part.size
+        except Exception:
+            for sent in self._open.replied.values():
+                sent.rollback()
+            self._open.replied.clear()
+            raise
+        return dict.fromkeys(self._others, envelope.seal(self.slot, bodies))
 
     def _mean(self, pushes: Mapping[int, Payload], parts: list[Part]) -> Tensor:
         assert self._open is not None
         contributions = {self.slot: [self._open.sent[part].decoded for part in parts]}
         for slot, message in pushes.items():
+            if slot not in self._others:
+                raise CodecError(f"slot {slot} is none of the others in this exchange")
             values = self._open.push.open(slot, message, parts)
             contributions[slot] = [values[part] for part in parts]
         mean = checked_mean(contributions)
@@ -180,7 +183,7 @@ class Averager:
     def receive(self, messages: Mapping[int, Payload]) -> dict[Part, Tensor]:
         """The mean of this fragment, by part: from the owners' replies, or from all pushes.
 
-        Raises: CodecError if a message is not what its slot must have sent.
+        Raises: CodecError if a message is not what its slot must have sent, or is missing.
         """
         assert self._open is not None
         if self.sync.topology != "owners":
@@ -190,10 +193,13 @@ class Averager:
                 start += part.size
             return result
         result = {part: sent.decoded for part, sent in self._open.replied.items()}
+        owners = {slot for slot in self._others if self._parts_for(slot)}
+        if set(messages) != owners:
+            raise CodecError(f"replies of slots {sorted(messages)} instead of {sorted(owners)}")
         envelope = replace(self._open.push, kind=REPLY)
         for slot, message in sorted(messages.items()):
             result.update(envelope.open(slot, message, self._parts_for(slot)))
-        assert set(result) == set(self.parts), "a reply from every owner"
+        assert set(result) == set(self.parts), "reduce first"
         return {part: result[part] for part in self.parts}
 
     def commit(self) -> None:

@@ -6,7 +6,7 @@
     3       1      kind: 0 push, to who sums; 1 reply, the mean
     4       2      the sender's slot
     6       2      fragment
-    8       4      exchange: the phase of codecs that have one
+    8       4      exchange; that of the fragment alone is the phase of codecs that have one
     12      4      scope: CRC-32 of the sync's text, the tensors' shapes, and the state that the
                    message is a change of (an anchor, a mirror), which both ends hold
     16      4      CRC-32 of everything else
@@ -58,6 +58,11 @@ class Envelope:
         return self.exchange % self.layout.num_fragments
 
     @property
+    def round(self) -> int:
+        """Exchanges of this fragment before this one."""
+        return self.exchange // self.layout.num_fragments
+
+    @property
     def _scope(self) -> int:
         about = (self.layout.shapes, self.layout.num_slots, self.state)
         return zlib.crc32(f"{self.sync} {about}".encode())
@@ -77,7 +82,7 @@ class Envelope:
     def _codec(self, part: Part) -> Codec:
         is_reply = self.kind == REPLY
         spec = self.sync.codec_for(self.exchange, is_small=part.is_small, is_reply=is_reply)
-        return codec_of(spec).at(self.exchange)
+        return codec_of(spec).at(self.round)
 
     def encode(self, part: Part, values: Tensor) -> bytearray:
         """A part's bytes. Raises: CodecError if a value cannot be coded."""

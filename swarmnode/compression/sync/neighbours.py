@@ -13,6 +13,7 @@ from swarmnode.compression.sync.layout import Layout, Part
 from swarmnode.compression.sync.messages import Envelope, state_of
 from swarmnode.compression.sync.sums import norm_of, rejected_slots
 from swarmnode.compression.tensors import Payload
+from swarmnode.errors import CodecError
 from swarmnode.sync_specs import Sync
 
 
@@ -93,13 +94,14 @@ class NeighbourSync:
         return {}
 
     def receive(self, messages: Mapping[int, Payload]) -> None:
-        """Raises: CodecError."""
+        """Raises: CodecError unless it is one message of each neighbour, as it must be."""
         assert self._open is not None
+        if sorted(messages) != self.neighbours:
+            raise CodecError(f"messages of slots {sorted(messages)} instead of {self.neighbours}")
         received = {self._slot: self._own_N}
         for slot, message in sorted(messages.items()):
             values = self._envelope_of(slot).open(slot, message, self._parts)
             received[slot] = torch.cat([values[part] for part in self._parts])
-        assert len(received) == len(self.neighbours) + 1, "a message from each neighbour"
         if not self.mirrors:
             self._result_N = self._mixed(self._own_N, received, self._own_N)
             return

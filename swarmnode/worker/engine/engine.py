@@ -138,6 +138,7 @@ class Engine:
         else:
             started_s = time.monotonic()
             self._steps.commit(message)
+            self._count_residuals()
             self._span("apply", started_s, time.monotonic(), step=message.step)
             self._count(started_s)
         return True
@@ -174,15 +175,13 @@ class Engine:
         plan = configure.plan
         codecs, update_of = manifest.codecs, partial(committed_update, configure)
         layout = (configure.job, codecs.share, plan.layers, plan.num_slots)
-        before = self._residuals.num_dropped
         decay = codecs.local.decay if codecs.local is not None else 1.0
         self._residuals.begin(layout, configure.step, update_of, decay=decay)
         self._local.begin(
             layout, configure.step, plan.hosted_by(configure.peer), update_of,
             keeps=not manifest.run.deterministic,
         )  # fmt: skip
-        if num_dropped := self._residuals.num_dropped - before:
-            self.dropped["residual"] += num_dropped
+        self._count_residuals()
         self._setup = setup = make_setup(
             configure, manifest, self._held, self._make_log, self._residuals, self._local,
             self._meter, self._span,
@@ -273,6 +272,11 @@ class Engine:
                 parameter.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _count_residuals(self) -> None:
+        """What a generation's beginning or a Commit has dropped of what was owed."""
+        if self._residuals.num_dropped:
+            self.dropped["residual"] = self._residuals.num_dropped
 
     def _span(self, what: str, began_s: float, ended_s: float, /, **facts: Fact) -> None:
         if self._trace is not None:

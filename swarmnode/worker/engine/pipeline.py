@@ -189,10 +189,10 @@ class Pipeline:
     def _decode(self, kind: Boundary, target: SlotId, payload: Payload) -> Tensor:
         setup = self._setup
         if self._travels_as_change(kind):
-            deltas, name = setup.deltas, setup.manifest.codecs.activation
+            deltas = setup.deltas
             assert deltas is not None
-            return setup.meter.decode(
-                kind, name, lambda: deltas.decode(target, payload, setup.device)
+            return setup.meter.decode_rows(
+                kind, deltas.codecs(payload), lambda: deltas.decode(target, payload, setup.device)
             )
         step_back = -1 if kind == "activation" else 1
         source = SlotId(target.stage + step_back, target.slot)
@@ -211,11 +211,11 @@ class Pipeline:
         )  # fmt: skip
         values = tensor.detach().float()
         if self._travels_as_change(kind):
-            deltas, name = setup.deltas, setup.manifest.codecs.activation
+            deltas = setup.deltas
             assert deltas is not None
-            payload = setup.meter.encode(
-                kind, name, values, lambda: deltas.encode(source, step, microbatch, values),
-                lambda _: deltas.error(source, step, microbatch, values),
+            payload: Payload = setup.meter.encode_rows(
+                kind, values, lambda: deltas.encode(source, step, microbatch, values), deltas.codec,
+                lambda row: deltas.error(source, step, microbatch, row, values[row]),
             )  # fmt: skip
         else:
             codec = self._codec(kind, source, target)

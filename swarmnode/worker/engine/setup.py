@@ -131,7 +131,8 @@ def make_setup(
 ) -> Setup:
     """Lay out gradients, frames and data for a generation whose stages are here.
 
-    Raises: ManifestError for an unknown codec, DataError if data that a slot reads is missing.
+    Raises: ManifestError for an unknown codec, DataError if data that a slot reads is missing,
+    CapacityError if there is no room for what is to be remembered of hidden states.
     """
     plan, peer, trains = configure.plan, configure.peer, manifest.kind == "train"
     hosted, held = plan.hosted_by(peer), plan.held_by(peer)
@@ -163,11 +164,18 @@ def make_setup(
         groups=groups,
         fits=_sizes_rule(boundaries, ShardCodecs(gradient), sizes),
     )
+    directory = Path(configure.log_directory)
+    logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     deltas = None
     if sizes is not None and trains and plan.num_stages > 1:
         samples = sample_map(manifest, Path(configure.blob_directory))
-        budget_bytes = manifest.codecs.delta_cache_bytes
-        deltas = Deltas(activation, sizes, plan, hosted, partial(_keys, samples), budget_bytes)
+        folder = directory if manifest.codecs.delta_cache_on_disk else None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        deltas = Deltas(
+            activation, sizes, plan, hosted, partial(_keys, samples),
+            manifest.codecs.delta_cache_bytes, folder,
+        )  # fmt: skip
     device = configure.device
     accumulators = {
         slot: {
@@ -180,8 +188,6 @@ def make_setup(
         index: FlatGradient(_all_parameters(index, by_stage), group.num_values, device)
         for index, group in groups.items()
     }
-    directory = Path(configure.log_directory)
-    logs = {stage: make_log(stage_directory(directory, stage)) for stage in stages if trains}
     return Setup(
         configure.job, peer, plan, manifest, device, hosted, held, stages, by_stage,
         boundaries, gradient, residuals, local.of(manifest, stages, device), deltas, meter, batches,

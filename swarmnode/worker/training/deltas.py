@@ -9,6 +9,7 @@ once the step is committed, which both ends hear before either begins the next.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from swarmnode.compression.payload import header_bytes
 from swarmnode.domain import Plan, SlotId
 from swarmnode.errors import CodecError
 
+_IN_FULL = "bf16"
+
 
 class DeltaSizes:
     """How long a microbatch of hidden states may be: each row in full, or as a change."""
@@ -29,7 +32,7 @@ class DeltaSizes:
     def __init__(self, form: CodecSpec, hidden_shape: tuple[int, int, int]) -> None:
         self.num_rows, *row = hidden_shape
         self.row_shape = tuple(row)
-        bf16, codec = get_codec("bf16"), codec_of(form)
+        bf16, codec = get_codec(_IN_FULL), codec_of(form)
         self.full_bytes, self.change_bytes = (
             PREFIX_BYTES + header_bytes(each, self.row_shape) + each.wire_bytes(self.row_shape)
             for each in (bf16, codec)
@@ -66,29 +69,41 @@ class Deltas:
         hosted: Iterable[SlotId],
         keys_of: Callable[[int, int], Sequence[bytes]],
         budget_bytes: int,
+        folder: Path | None = None,
     ) -> None:
         """`keys_of` names the samples of a (step, microbatch), row by row; `budget_bytes` is for
-        each end of each boundary. Raises: CapacityError if there is no such memory."""
+        each end of each boundary, in memory or in nameless files in `folder`.
+
+        Raises: CapacityError if there is no such room."""
         self._sizes = sizes
+        self._change = str(form)
         self._keys_of = keys_of
         slot_values = torch.Size(sizes.row_shape).numel()
         self._senders: dict[SlotId, DeltaSender] = {}
         self._receivers: dict[SlotId, DeltaReceiver] = {}
         for slot in sorted(hosted):
             if slot.stage < plan.num_stages - 1:
-                cache = DeltaCache(budget_bytes, slot_values)
+                cache = DeltaCache(budget_bytes, slot_values, folder)
                 self._senders[slot] = DeltaSender(str(form), _scope(plan, slot.stage, slot), cache)
             if slot.stage > 0:
                 scope = _scope(plan, slot.stage - 1, slot)
-                cache = DeltaCache(budget_bytes, slot_values)
+                cache = DeltaCache(budget_bytes, slot_values, folder)
                 self._receivers[slot] = DeltaReceiver(str(form), scope, cache)
 
-    def encode(self, source: SlotId, step: int, microbatch: int, hidden_BSD: Tensor) -> bytearray:
-        """The frames of what `source` sends on."""
-        sender, payload = self._senders[source], bytearray()
-        for key, hidden_SD in zip(self._keys_of(step, microbatch), hidden_BSD, strict=True):
-            payload += sender.prepare(key, hidden_SD)
-        return payload
+    def encode(
+        self, source: SlotId, step: int, microbatch: int, hidden_BSD: Tensor
+    ) -> list[bytearray]:
+        """The frames of what `source` sends on, row by row."""
+        sender, keys = self._senders[source], self._keys_of(step, microbatch)
+        return [sender.prepare(key, row_SD) for key, row_SD in zip(keys, hidden_BSD, strict=True)]
+
+    def codec(self, frame: Payload) -> str:
+        """What a row is coded with: as a change, or in full."""
+        return self._change if memoryview(frame)[IS_DELTA_AT] else _IN_FULL
+
+    def codecs(self, payload: Payload) -> list[str]:
+        """Of each row. Raises: CodecError if they are not what there must be."""
+        return [self.codec(frame) for frame in self._sizes.split(payload)]
 
     def decode(self, target: SlotId, payload: Payload, device: torch.device | str) -> Tensor:
         """The hidden states (B, S, D) that `target` computes on, float32.
@@ -109,29 +124,16 @@ class Deltas:
         return torch.stack(rows)
 
     def error(
-        self, source: SlotId, step: int, microbatch: int, hidden_BSD: Tensor
+        self, source: SlotId, step: int, microbatch: int, row: int, hidden_SD: Tensor
     ) -> Tensor | None:
-        """What the receiver of `encode` lacks; None where a row was sent without being kept."""
-        sender = self._senders[source]
-        found = [sender.held(key) for key in self._keys_of(step, microbatch)]
-        kept = [each.to(hidden_BSD.device).float() for each in found if each is not None]
-        return hidden_BSD - torch.stack(kept) if len(kept) == len(found) else None
+        """What the receiver of `encode` lacks of a row; None where that was not kept."""
+        held = self._senders[source].held(self._keys_of(step, microbatch)[row])
+        return None if held is None else hidden_SD - held.to(hidden_SD.device).float()
 
     def commit(self) -> None:
         """The step is committed: what it put into the caches lasts."""
         for end in (*self._senders.values(), *self._receivers.values()):
             end.commit()
-
-    @property
-    def num_full(self) -> int:
-        """Samples that were sent in full."""
-        counts = [end.counts for end in self._senders.values()]
-        return sum(each.num_full + each.num_unkept + each.num_cold for each in counts)
-
-    @property
-    def num_changes(self) -> int:
-        """Samples that were sent as a change."""
-        return sum(end.counts.num_deltas for end in self._senders.values())
 
 
 def _scope(plan: Plan, cut: int, slot: SlotId) -> bytes:
