@@ -115,6 +115,10 @@ class Child:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
+    def kill(self) -> None:
+        """SIGKILL it, if it lives; whoever waits for its next message hears of its end."""
+        self._process.kill()
+
     def close(self) -> None:
         """SIGKILL it, if it lives, and let go of it: for a child that has nothing to finish."""
         self._process.kill()

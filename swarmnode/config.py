@@ -62,6 +62,9 @@ class NodeConfig(BaseSettings):
     """Seconds an advert stays valid; renewed every third of it, so two may get lost."""
     drain_s: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
     """Most seconds that a node which is asked to stop takes to give its slots to others."""
+    child_hang_s: float = Field(default=100.0, ge=2, le=3600, allow_inf_nan=False)
+    """Seconds without a sign of life after which the process that computes for a job is replaced.
+    One microbatch through one stage must take less; after 120 its coordinator gives the step up."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where jobs compute: cuda, cpu, or cuda where there is one."""
     trace: bool = False

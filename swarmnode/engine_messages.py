@@ -105,4 +105,16 @@ class Coded:
     codings: tuple[Coding, ...]
 
 
-EngineMessage = Warm | Configure | Configured | Export | Exported | Busy | Coded
+@dataclass(frozen=True)
+class LivenessCheck:
+    """The daemon asks whether the child goes on; it is answered in its turn."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The answer: all that the child was told before is done, or waits for others."""
+
+
+EngineMessage = (
+    Warm | Configure | Configured | Export | Exported | Busy | Coded | LivenessCheck | Alive
+)

@@ -102,6 +102,7 @@ class Services:
                 device=device.kind if config.device == "auto" else config.device,
                 num_threads=self._limits.num_threads,
                 nursery=Nursery(self._limits.num_threads, home / "worker.log"),
+                child_hang_s=config.child_hang_s,
                 on_sent=self.metrics.add_sent,
                 on_compute=self.metrics.add_compute,
                 on_coded=self.metrics.add_codings,

@@ -115,6 +115,9 @@ class Generations(JobState):
         patience_s = patience.seconds(self.phase, is_gathering=is_gathering)
         if now_s - self._moved_s > patience_s:
             self.reason = f"no progress for {now_s - self._moved_s:.0f} s; begun again"
+            if self.phase == "placing" and forming is None and self.plan is not None:
+                for peer in patience.silent(self.plan.workers(), self._placed):
+                    self.pool.bar(peer, now_s)
             return self._failed_once(now_s)
         return self._second_holders(now_s) + self.look_for_better(now_s)
 

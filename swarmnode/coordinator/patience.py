@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Set
 
 from swarmnode.domain import PeerId
 
@@ -26,6 +27,11 @@ MAX_FAILURES = 5
 def seconds(phase: str, *, is_gathering: bool) -> float:
     """How long a job may stay in `phase` without any progress."""
     return GATHER_PATIENCE_S if is_gathering else PATIENCE_S.get(phase, math.inf)
+
+
+def silent(workers: Iterable[PeerId], placed: Set[PeerId]) -> list[PeerId]:
+    """Who never took its part although others did; where nobody did, it is nobody's fault."""
+    return sorted(set(workers) - placed) if placed else []
 
 
 class BrokenLinks:

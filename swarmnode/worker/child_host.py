@@ -9,6 +9,7 @@ from swarmnode.children import Child
 from swarmnode.codings import MAX_CODINGS, Coding, total
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.engine_messages import (
+    Alive,
     Busy,
     Coded,
     Configure,
@@ -16,6 +17,7 @@ from swarmnode.engine_messages import (
     EngineMessage,
     Export,
     Exported,
+    LivenessCheck,
     Warm,
 )
 from swarmnode.errors import ChildError, ProtocolError, SwarmError
@@ -48,7 +50,9 @@ from swarmnode.session_messages import (
     SessionToken,
 )
 from swarmnode.wire import pack, unpack_local
+from swarmnode.worker import child_watch as watching
 from swarmnode.worker.assigning import gather, plan_handoffs
+from swarmnode.worker.child_watch import ChildWatch
 from swarmnode.worker.fetching import Fetcher
 from swarmnode.worker.files import state_path
 from swarmnode.worker.handoff import Handoff
@@ -83,6 +87,9 @@ class ChildHost:
         self._child: Child | None = None
         self._is_warm = asyncio.Event()
         """Set once there is nothing to wait for: the child computes at once, or it has ended."""
+        self._watch: ChildWatch | None = None
+        self._is_listening = False
+        """Whether the child's next word is waited for, and not its last one handed on."""
         self._assigning: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._handoffs: dict[int, Handoff] = {}
@@ -172,6 +179,7 @@ class ChildHost:
             )
             self._handoffs = {stage: taken for stage, (taken, _) in planned.items()}
             self._is_configuring = True
+            self._tell_watch(watching.Configuring())  # asks behind what is sent now
             await self.send(configure, self._canonical)
         except (SwarmError, OSError) as error:
             self._post(Failed(self._job, plan.generation, f"{error}"[:1000]))
@@ -205,7 +213,9 @@ class ChildHost:
         child = await self._tools.nursery.child(f"worker child of job {self._job}")
         self._is_warm.clear()
         self._child = child
-        self._group.create_task(self._read_child(self._child), name=f"child of {self._job}")
+        self._watch = watch = ChildWatch(self._tools.child_hang_s)
+        self._group.create_task(self._read_child(child), name=f"child of {self._job}")
+        self._group.create_task(self._watch_child(child, watch), name=f"watch of {self._job}")
 
     async def send(
         self, message: Message | EngineMessage, payload: bytes | memoryview = b""
@@ -226,7 +236,9 @@ class ChildHost:
     async def _read_child(self, child: Child) -> None:
         try:
             while True:
+                self._is_listening = True
                 message, payload = unpack_local(await child.receive())
+                self._is_listening = False
                 await self._from_child(message, payload)
         except ChildError as error:
             self._child = None
@@ -262,6 +274,8 @@ class ChildHost:
                 await self._placed(generation, step)
             case Exported():
                 await self._exported(message)
+            case Alive():
+                self._tell_watch(watching.Answered())
             case Warm():
                 self._is_warm.set()
             case Coded(codings=codings):
@@ -302,6 +316,40 @@ class ChildHost:
             self._post(Failed(self._job, generation, f"cannot publish: {error}"))
             return
         self._post(Saved(self._job, generation, step, stage, ref))
+
+    # ---- whether it hangs ------------------------------------------------------------------
+
+    async def _watch_child(self, child: Child, watch: ChildWatch) -> None:
+        """Look regularly whether the child goes on, until it has ended.
+
+        Each look is a task: a child that hangs may not even take the question.
+        """
+        assert self._group is not None
+        while self._child is child:
+            self._group.create_task(self._look_at(child, watch), name=f"look at {self._job}")
+            await asyncio.sleep(watch.look_s)
+
+    async def _look_at(self, child: Child, watch: ChildWatch) -> None:
+        look = watching.Look(is_listening=self._is_listening)
+        await self._heed(child, watch.handle(look, asyncio.get_running_loop().time()))
+
+    def _tell_watch(self, event: watching.Configuring | watching.Answered) -> None:
+        assert self._group is not None
+        if self._child is not None and self._watch is not None:
+            effects = self._watch.handle(event, asyncio.get_running_loop().time())
+            task = self._heed(self._child, effects)
+            self._group.create_task(task, name=f"ask the child of {self._job}")
+
+    async def _heed(self, child: Child, effects: list[watching.Ask | watching.GiveUp]) -> None:
+        for effect in effects:
+            match effect:
+                case watching.Ask():  # nothing is awaited before: the order is the watch's
+                    with contextlib.suppress(ChildError):
+                        await child.send(pack(LivenessCheck()))
+                case watching.GiveUp(silent_s):
+                    self._tools.log("child hangs", job=self._job, pid=child.pid, silent_s=silent_s)
+                    child.name += f", silent for {silent_s:.0f} s,"
+                    child.kill()
 
     # ---- what it tells ---------------------------------------------------------------------
 

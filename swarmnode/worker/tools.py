@@ -46,6 +46,8 @@ class HostTools:
     device: str
     num_threads: int
     nursery: Nursery
+    child_hang_s: float
+    """Seconds after which a child that does not answer is ended."""
     on_sent: Callable[[str, int], None]
     on_compute: Callable[[float], None]
     on_coded: Callable[[Iterable[Coding]], None] = _ignore_codings

@@ -76,3 +76,27 @@ def test_a_node_that_is_asked_to_stop_hands_over_first(trial: Trial, undisturbed
         "PeersSeen",
         "Heard",
     }, "after the beginning it was placed anew between two steps only: none is computed twice"
+
+
+def test_a_child_that_hangs_is_replaced_by_its_daemon(trial: Trial, undisturbed: Outcome) -> None:
+    """Its node answers all the while, so nobody else finds out who holds the step up."""
+    victim = trial.node(2)
+    victim.kill()
+    victim.variables["SWARMNODE_CHILD_HANG_S"] = "8"
+    try:
+        trial.heal()
+        job = trial.submit("hangs")
+        before = job.reaches(4)
+        hung = victim.child("worker")
+        assert hung is not None
+        hung.suspend()
+        view = job.goes_on(before)
+        assert view.generation == before.generation + 1, "nothing else happened"
+        assert not hung.is_running()
+        assert job.outcome() == undisturbed
+        assert trial.fallen() == [], "no daemon fell with it"
+        said = [line["reason"] for line in placings(trial.node(0), job.name)]
+        assert any("silent for" in reason for reason in said), said
+    finally:
+        del victim.variables["SWARMNODE_CHILD_HANG_S"]
+        victim.kill()

@@ -9,7 +9,15 @@ from engine_swarm import PLACEMENTS, Swarm, make_manifest
 
 from swarmnode.children import Child, python_module, spawn_child
 from swarmnode.domain import Generation, PeerId
-from swarmnode.engine_messages import Base, Busy, Coded, Configured, EngineMessage, Warm
+from swarmnode.engine_messages import (
+    Base,
+    Busy,
+    Coded,
+    Configured,
+    EngineMessage,
+    LivenessCheck,
+    Warm,
+)
 from swarmnode.messages import (
     Applied,
     Begin,
@@ -62,3 +70,31 @@ async def test_a_child_trains_as_an_engine_does_and_ends_with_its_pipe(tmp_path:
         status = await child.stop()
     assert status == 0
     assert "left out" in log.read_text()
+
+
+async def test_a_child_answers_whether_it_is_alive_in_its_turn(tmp_path: Path) -> None:
+    """Behind what it was told before; also when it was told nothing, or what it cannot do."""
+    manifest = make_manifest(tmp_path)
+    swarm = Swarm(manifest, PLACEMENTS["one"], tmp_path, generation=0)
+    good = swarm.configuration(PeerId("a"), 0, (Base(0, "init", 0), Base(1, "init", 0)))
+    log = tmp_path / "child.log"
+    child = spawn_child(python_module("swarmnode.worker.engine"), name="worker", log=log)
+
+    async def answers() -> list[str]:
+        """The kinds of message up to the answer."""
+        await child.send(pack(LivenessCheck()))
+        kinds: list[str] = []
+        while "Alive" not in kinds:
+            async with asyncio.timeout(60):
+                message, _ = unpack_local(await child.receive())
+            kinds.append(type(message).__name__)
+        return kinds
+
+    try:
+        assert await answers() == ["Warm", "Alive"]
+        await child.send(pack(good), b"no manifest")
+        assert await answers() == ["Failed", "Alive"]
+        await child.send(pack(good), manifest.canonical())
+        assert await answers() == ["Configured", "Alive"]
+    finally:
+        await child.stop()

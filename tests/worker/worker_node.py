@@ -89,6 +89,7 @@ class Node:
             device="cpu",
             num_threads=1,
             nursery=Nursery(1, folder / "worker.log"),
+            child_hang_s=100.0,
             on_sent=lambda _kind, _bytes: None,
             on_compute=lambda _seconds: None,
             links=lambda: self.links,

@@ -17,6 +17,7 @@ import torch
 from swarmnode.compression.codec import Payload
 from swarmnode.domain import Generation, JobId, SlotId
 from swarmnode.engine_messages import (
+    Alive,
     Busy,
     Coded,
     Configure,
@@ -24,6 +25,7 @@ from swarmnode.engine_messages import (
     EngineMessage,
     Export,
     Exported,
+    LivenessCheck,
 )
 from swarmnode.errors import ManifestError, ShareError
 from swarmnode.manifest import Manifest, check
@@ -90,7 +92,9 @@ class Engine:
 
     def handle(self, message: Message | EngineMessage, payload: Payload = b"") -> None:
         """Take one message. Frames are only checked and kept; the rest is done at once."""
-        if isinstance(message, Configure):
+        if isinstance(message, LivenessCheck):
+            self._send(Alive(), b"")
+        elif isinstance(message, Configure):
             if message.plan.generation < self._generation:
                 self.dropped["generation"] += 1
                 return
