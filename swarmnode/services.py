@@ -95,6 +95,7 @@ class Services:
             transport,
             HostTools(
                 me=identity.peer,
+                incarnation=self._incarnation,
                 directory=home / "hosted",
                 store=store,
                 blobs=blobs,
