@@ -14,6 +14,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from swarmnode.errors import UserError
 
 CONFIG_FILE = "config.toml"
+DEPARTURE_FILE = "departure.json"
+"""What became of a node's work when it was asked to end, in its home."""
 HTTP_FILE = "http.json"
 """Where a running node's HTTP server is: {"address": ..., "pid": ...}; gone when it stops."""
 TOKEN_FILE = "token"  # noqa: S105 - a file name

@@ -12,8 +12,7 @@ from swarmnode.fields import FrameKind as FrameKind
 from swarmnode.fields import SentKind as SentKind
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
-BEFORE_ANY = Generation(0)
-"""Below every generation."""
+BEFORE_ANY = Generation(0)  # below every generation
 MAX_LINK_REPORTS = 256
 MAX_ENTRY_BYTES = 1 << 19
 
@@ -376,10 +375,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Leaving:
-    """This worker wants to end soon: give its slots to others at the next step boundary."""
+    """This life of a node wants to end soon: do without it; said again until it is let go."""
 
     job: JobId
     generation: Fence
+    incarnation: Count
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from swarmnode.p2p.identity import Identity
 from swarmnode.session_messages import (
     Sampling,
 )
-from swarmnode.worker.service import WorkerService
+from swarmnode.worker.service import WorkerService, slots_of
 
 ExportModel = Callable[[Mapping[str, Any], Path, Path, Path], Awaitable[None]]
 MOVE_S = 30.0
@@ -95,12 +95,6 @@ class Node:
 
     def node(self) -> NodeView:
         me = self.identity.peer
-        hosted = tuple(
-            f"{host.job} {at.stage}/{at.slot}"
-            for host in self.worker.hosts()
-            if host.plan is not None
-            for at in host.plan.hosted_by(me)
-        )
         return NodeView(
             peer=me,
             version=__version__,
@@ -111,7 +105,7 @@ class Node:
             uptime_s=time.monotonic() - self.started_s,
             num_peers=len(self.adverts()),
             device=self.device,
-            hosted=hosted,
+            hosted=slots_of(self.worker.hosts(), me),
             pids=self.pids(),
             dropped=dict(sorted(self.dropped.items())),
         )

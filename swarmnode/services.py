@@ -8,11 +8,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from swarmnode import __version__, telemetry
-from swarmnode.config import NodeConfig
+from swarmnode.config import DEPARTURE_FILE, NodeConfig
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
@@ -22,6 +23,7 @@ from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
 from swarmnode.errors import ChildError, SwarmError
 from swarmnode.home import load_token, write_private
 from swarmnode.http import server
+from swarmnode.http.api import Departure
 from swarmnode.messages import (
     Inquire,
     LinkReport,
@@ -43,7 +45,7 @@ from swarmnode.traces import TRACE_DIRECTORY, TraceFile, ignore_span
 from swarmnode.worker.models.tool import FactsDesk, export_model
 from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.probe import probe
-from swarmnode.worker.service import WorkerService
+from swarmnode.worker.service import WorkerService, slots_of
 from swarmnode.worker.tenancy import may_coordinate
 from swarmnode.worker.tools import HostTools
 
@@ -95,6 +97,7 @@ class Services:
             transport,
             HostTools(
                 me=identity.peer,
+                incarnation=self._incarnation,
                 directory=home / "hosted",
                 store=store,
                 blobs=blobs,
@@ -180,11 +183,31 @@ class Services:
         await self.worker.restore()
 
     async def leave(self) -> None:
-        """Give our slots to others; returns when they have them, or after `drain_s`."""
+        """Give our slots to others; returns when they have them, or after `drain_s`.
+
+        What came of it is left in the home, also when this is cancelled.
+        """
         self._log("leaving", drain_s=self._config.drain_s)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_s):
-                await self.worker.leave()
+        hosts, me = self.worker.hosts(), self._identity.peer
+        before, in_time = slots_of(hosts, me), False
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.drain_s):
+                    await self.worker.leave()
+                    in_time = True
+        finally:
+            kept = slots_of(hosts, me)
+            handed_over = tuple(slot for slot in before if slot not in kept)
+            led = tuple(job.ledger.job for job in self.coordinator.jobs if not job.ledger.is_over)
+            self._leave_word(Departure(os.getpid(), handed_over, kept, led, in_time))
+
+    def _leave_word(self, departure: Departure) -> None:
+        said = asdict(departure)
+        self._log("left", **said)
+        try:
+            write_private(self._config.home / DEPARTURE_FILE, json.dumps(said) + "\n")
+        except OSError as error:
+            self._log("no word left", reason=str(error))
 
     def _vote(self, inquire: Inquire, candidate: PeerId) -> bytes:
         return self._identity.sign(vote_text(inquire.job, inquire.generation, candidate))
@@ -337,6 +360,7 @@ class Services:
         """Serve HTTP on this machine, and tell the command line where."""
         config, home = self._config, self._config.home
         token = load_token(home / "token")
+        (home / DEPARTURE_FILE).unlink(missing_ok=True)  # of an earlier life
 
         def bound(port: int) -> None:
             self.node.http_address = f"http://127.0.0.1:{port}"

@@ -12,9 +12,9 @@ import httpx
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
-from swarmnode.config import HTTP_FILE, TOKEN_FILE
+from swarmnode.config import DEPARTURE_FILE, HTTP_FILE, TOKEN_FILE
 from swarmnode.errors import CapacityError, NotFoundError, SwarmError, UserError
-from swarmnode.http.api import CheckpointView, JobView, NodeView, PeerView, Work
+from swarmnode.http.api import CheckpointView, Departure, JobView, NodeView, PeerView, Work
 from swarmnode.http.failures import raise_failure
 
 ANSWER_S = 30.0
@@ -26,6 +26,7 @@ ENDED = frozenset({"serving", "failed", "stopped", "handed over"})
 
 ViewT = TypeVar("ViewT")
 _NODE: TypeAdapter[NodeView] = TypeAdapter(NodeView)
+_DEPARTURE: TypeAdapter[Departure] = TypeAdapter(Departure)
 _PEERS: TypeAdapter[tuple[PeerView, ...]] = TypeAdapter(tuple[PeerView, ...])
 _JOB: TypeAdapter[JobView] = TypeAdapter(JobView)
 _JOBS: TypeAdapter[tuple[JobView, ...]] = TypeAdapter(tuple[JobView, ...])
@@ -91,10 +92,24 @@ class NodeClient:
     def wait_gone(self, view: NodeView) -> None:
         """Wait until the node's process has ended. Raises: SwarmError if that takes an hour."""
         limit_s = time.monotonic() + WORK_S
-        while psutil.pid_exists(view.pids["daemon"]):
+        while _runs(view.pids["daemon"]):
             if time.monotonic() > limit_s:
                 raise SwarmError("the node does not end; see its log")
             time.sleep(0.1)
+
+    def departure(self, view: NodeView) -> Departure:
+        """What became of an ended node's work. Raises: SwarmError if it left no word."""
+        path = self._home / DEPARTURE_FILE
+        try:
+            departure = _view(_DEPARTURE, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            departure = None
+        if departure is None or departure.pid != view.pids["daemon"]:
+            raise SwarmError(
+                "the node has ended without a word of what became of its "
+                f"{len(view.hosted)} slots; see its log"
+            )
+        return departure
 
     def peers(self) -> tuple[PeerView, ...]:
         return _view(_PEERS, self._ask("GET", "/api/peers"))
@@ -216,6 +231,14 @@ def _nobody(home: Path) -> NotFoundError:
     return NotFoundError(
         f"no node runs on {home}; start one with `swarmnode up --home {home}`, or name another home"
     )
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process lives: one that has ended may wait for its parent to notice."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _segment(job: str) -> str:

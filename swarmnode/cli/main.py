@@ -211,11 +211,12 @@ def status(home: Home = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def finish(home: Home = None, as_json: AsJson = False) -> None:
-    """Give this node's work to others, then end it."""
+    """Give this node's work to others, then end it; fails if it ended with slots of its own."""
     from swarmnode.cli import verbs
 
     with _client(home) as client:
-        verbs.finish(client, as_json)
+        status = verbs.finish(client, as_json)
+    raise typer.Exit(status)
 
 
 @app.command()

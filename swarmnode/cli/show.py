@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmnode.codings import Coding
-from swarmnode.http.api import CheckpointView, CoarserLink, JobView, NodeView, PeerView
+from swarmnode.http.api import CheckpointView, CoarserLink, Departure, JobView, NodeView, PeerView
 
 SHORT_ID = 6
 """Peer ids begin alike, so the last characters name them for people."""
@@ -75,6 +75,17 @@ def coding_lines(codings: Iterable[Coding]) -> str:
             f"float32 / {each.ratio:.1f}, {each.seconds:.1f} s{lost}"
         )
     return "\n".join(lines) or "-"
+
+
+def departure_line(departure: Departure) -> str:
+    """How a node ended that was asked to, in a line."""
+    handed_over, kept = len(departure.handed_over), len(departure.kept)
+    said = f"the node has ended; {handed_over} of its {handed_over + kept} slots were handed over"
+    if kept:
+        said += f", {kept} ended with it" + ("" if departure.in_time else " before others had them")
+    if departure.coordinated:
+        said += f"; it coordinated {', '.join(departure.coordinated)} to the end"
+    return said
 
 
 # ---- tables ------------------------------------------------------------------------------------

@@ -100,13 +100,16 @@ def status(client: NodeClient, as_json: bool) -> None:
     _json(asdict(view)) if as_json else _print(show.node_table(view, client.page))
 
 
-def finish(client: NodeClient, as_json: bool) -> None:
-    """Wait until the node has given its work to others and is gone."""
+def finish(client: NodeClient, as_json: bool) -> int:
+    """Wait until the node is gone; the exit status: 1 if it ended with slots of its own."""
     view = client.finish()
     with Console(stderr=True).status("giving the work to others ..."):
         client.wait_gone(view)
-    answer: dict[str, object] = {"peer": view.peer, "hosted": list(view.hosted)}
-    _answer(answer, as_json, f"the node has ended; {len(view.hosted)} slots went to others")
+    departure = client.departure(view)
+    answer = {"peer": view.peer, **asdict(departure)}
+    del answer["pid"]
+    _answer(answer, as_json, show.departure_line(departure))
+    return 1 if departure.kept else 0
 
 
 def peers(client: NodeClient, as_json: bool) -> None:

@@ -127,7 +127,8 @@ class Forming:
         granted = self.inquiry.granted
         peers = [advert for advert in pool.usable(now_s) if advert.peer in granted]
         decision = self.wanted
-        if decision is None or not {p for row in decision.slots for p in row} <= granted.keys():
+        named = {peer for row in decision.slots for peer in row} if decision is not None else set()
+        if decision is None or not named <= granted.keys() or any(map(pool.leaves, named)):
             decision, peers = self._decide(head, peers)
         finder = Finder(
             granted, decision.layers, head.step, head.commits, head.origin, self.distrusted
@@ -169,7 +170,8 @@ class Forming:
         decision = self._decision
         if decision is None or self._saved.keys() != self._sources.saves.keys():
             return None
-        voters = choose_voters(self.me, decision.slots, self._shadows, self.inquiry.granted)
+        stay = {p: said for p, said in self.inquiry.granted.items() if not pool.leaves(p)}
+        voters = choose_voters(self.me, decision.slots, self._shadows, stay)
         grids = (decision.slots, self._shadows)
         named = [self.me, *(peer for grid in grids for row in grid for peer in row)]
         addresses = pool.addresses(sorted({*named, *self.inquiry.granted}))

@@ -1,7 +1,7 @@
 """From one generation of a job to the next: who is here, who is lost, who does what from now on."""
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -10,20 +10,18 @@ from swarmnode.coordinator import patience
 from swarmnode.coordinator.events import Effect, Hangup, Send, Write
 from swarmnode.coordinator.forming import SEARCH_S, Forming
 from swarmnode.coordinator.inquiry import Inquiry
-from swarmnode.coordinator.job_state import JobState
-from swarmnode.coordinator.preparing import Preparing
+from swarmnode.coordinator.moves import Moves
 from swarmnode.coordinator.publications import Publications
-from swarmnode.coordinator.shadows import choose_shadows
-from swarmnode.coordinator.solver.decision import Decision, decision_of
+from swarmnode.coordinator.solver.decision import decision_of
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.votes import StateHashes, Votes
-from swarmnode.domain import Advert, Generation, ModelFacts, PeerId, Plan
+from swarmnode.domain import Advert, Generation, ModelFacts, PeerId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import Answer, Release
 
 
-class Generations(JobState):
+class Generations(Moves):
     """A job that is placed, and placed again whenever somebody is lost or a better place is found.
 
     What a generation does is the ledger's affair.
@@ -32,8 +30,7 @@ class Generations(JobState):
     def __init__(
         self, manifest: Manifest, facts: ModelFacts, me: PeerId, signature: bytes, now_s: float
     ) -> None:
-        super().__init__(manifest, facts, me, now_s)
-        self._signature = signature
+        super().__init__(manifest, facts, me, signature, now_s)
         self._cause = ""
         self._forming: Forming | None = None
         self._proposed = Generation(0)
@@ -52,10 +49,6 @@ class Generations(JobState):
         """Since when others refuse what they hold and we need."""
         self._num_outbid = 0
         self._evaluation_due = False
-        self._preparing: Preparing | None = None
-        self._thin_until_s = now_s
-        """When to look again for a second holder of a stage."""
-        self._somebody_leaves = False
         self._leftover: set[PeerId] = set()
         """Peers that have no part in the plan, and may still hold what its workers fetch."""
         self._gone: set[PeerId] = set()
@@ -85,7 +78,7 @@ class Generations(JobState):
             self.progress.lost(peer, now_s)
             self.reason = f"lost {peer}: {reason}"
         if self._preparing is not None and peer in self._preparing.newcomers:
-            self._preparing = self.replanning.chosen = None
+            self._give_up_preparing()
         if forming is not None:
             takes_part = peer in forming.inquiry.granted
             forming.inquiry.lost(peer)
@@ -143,61 +136,63 @@ class Generations(JobState):
             return self._form(now_s)
         return self._prepare(chosen, plan, now_s)
 
-    def _on_leaving(self, peer: PeerId, now_s: float) -> list[Effect]:
-        """A worker wants to end: its successors fetch what they need first."""
-        self.pool.leave(peer)
-        self._somebody_leaves = True
-        try:
-            decision = solve(self.pool.usable(now_s), self.facts, self.manifest, previous=self.plan)
-        except CapacityError:  # nobody can do its part: it need not wait, the job will
-            return [Hangup(peer), *self._form(now_s)]
+    def _on_leaving(self, peer: PeerId, incarnation: int, now_s: float) -> list[Effect]:
+        """A peer wants to end. It says so until it is let go, whatever goes on meanwhile."""
+        self.pool.leave(peer, incarnation)
+        if self._forming is not None:
+            return []
+        if self._preparing is not None and peer in self._preparing.newcomers:
+            self._give_up_preparing()
+        effects: list[Effect] = [] if self._is_needed(peer) else self._let_go([peer])
+        return effects + self._see_off(now_s)
+
+    def _is_needed(self, peer: PeerId) -> bool:
+        """Whether the generation at hand cannot do without this peer."""
+        plan = self.plan
+        if plan is None or self.phase == "waiting":
+            return False
+        if not self.is_begun or peer in plan.workers():
+            return True
+        stay = {voter for voter in plan.voters if not self.pool.leaves(voter)} - self._gone
+        asked = Inquiry(self._proposed, plan, self.me)
+        return peer in plan.voters and not asked.is_majority(stay)
+
+    def _see_off(self, now_s: float) -> list[Effect]:
+        """Do what must be done before those can go who leave: their successors fetch what they
+        need, where there are steps meanwhile. Without slots, others vote from then on."""
+        plan = self.plan
+        if plan is None or self._forming is not None or self.phase == "waiting":
+            return []
+        leavers = {*filter(self.pool.leaves, (*plan.workers(), *plan.voters))}
+        losers = leavers.intersection(plan.workers())
+        if not self.is_begun:
+            return self._form(now_s) if losers else []
+        is_ending = self.is_trained and self.phase != "serving"  # the final state is on its way
+        if leavers <= self._seen_off or is_ending:
+            return []
+        self._seen_off = leavers
         if self.phase == "serving":
             return self._form(now_s)
-        assert self.plan is not None
-        self.replanning.insist(decision)
-        return self._prepare(decision, self.plan, now_s)
-
-    @property
-    def newcomers(self) -> Set[PeerId]:
-        """Peers that fetch what they need for a plan to come."""
-        return self._preparing.newcomers.keys() if self._preparing is not None else frozenset()
-
-    def _prepare(self, decision: Decision, plan: Plan, now_s: float) -> list[Effect]:
-        if self.is_trained:
+        if not losers:
+            if self.replanning.chosen is None:
+                self.replanning.insist(decision_of(plan))
             return []
-        shadows = self._shadows_of(decision, plan, now_s)
-        self._preparing = Preparing(self.job, decision, shadows, plan, self.pool.leaves, now_s)
-        return self._preparing.begin(self._signature)
-
-    def _shadows_of(
-        self, decision: Decision, plan: Plan, now_s: float
-    ) -> tuple[tuple[PeerId, ...], ...]:
-        peers = self.pool.usable(now_s)
-        return choose_shadows(
-            decision, peers, self.facts, self.manifest, lambda s, peer: peer in plan.holders(s)
-        )
-
-    def _second_holders(self, now_s: float) -> list[Effect]:
-        """A stage that a single machine holds gets another one, as soon as there is one."""
-        plan, is_busy = self.plan, self._preparing or self._forming or self.replanning.chosen
-        if plan is None or self.phase != "training" or is_busy or now_s < self._thin_until_s:
-            return []
-        if not plan.is_thin:
-            return []
-        self._thin_until_s = now_s + patience.SECOND_HOLDER_S
-        decision = decision_of(plan)
-        shadows = self._shadows_of(decision, plan, now_s)
-        if not any(set(dark) - set(plan.holders(s)) for s, dark in enumerate(shadows)):
-            return []
+        try:
+            decision = solve(self.pool.usable(now_s), self.facts, self.manifest, previous=plan)
+        except CapacityError:  # nobody can do its part: it need not wait, the job will
+            return self._form(now_s)
         self.replanning.insist(decision)
         return self._prepare(decision, plan, now_s)
 
-    def _is_time_to_move(self, now_s: float) -> bool:
-        """At a step boundary: whether to go over to another placement now."""
-        preparing = self._preparing
-        if preparing is not None and not preparing.is_ready:
-            return preparing.is_overdue(now_s)
-        return self.replanning.chosen is not None or self._somebody_leaves or self.recodes_links()
+    def _let_go(self, peers: Iterable[PeerId]) -> list[Effect]:
+        """The generation at hand does without these. Who may vote still keeps what it has."""
+        effects: list[Effect] = []
+        for peer in sorted(peers):
+            if peer in self._leftover:
+                effects.append(Send(peer, Release(self.job, "others do it now")))
+            effects.append(Hangup(peer))
+        self._leftover -= set(peers)
+        return effects
 
     # ---- a new generation ------------------------------------------------------------------
 
@@ -227,7 +222,7 @@ class Generations(JobState):
             self._cause = self.reason
         before = f" (before that: {self._cause})" if self._cause else ""
         self.phase, self.reason = "waiting", f"{error}{before}"
-        return []
+        return [Hangup(peer) for peer in self.pool.leavers]
 
     def _on_answer(self, peer: PeerId, answer: Answer, now_s: float) -> list[Effect]:
         forming = self._forming
@@ -335,7 +330,7 @@ class Generations(JobState):
         self._forming, self._agreement = None, forming.inquiry
         self._lacking_since_s, self._num_outbid = math.inf, 0
         self._distrusted = frozenset()
-        self._somebody_leaves = False
+        self._seen_off = set()
         self.plan, self.generation, self.phase = plan, plan.generation, "placing"
         self.is_begun = False
         self._placed.clear()
@@ -362,11 +357,7 @@ class Generations(JobState):
             return None
         self.is_begun = True
         let_go = set(filter(self.pool.leaves, self._leftover)) if plan.is_thin else self._leftover
-        self._leftover = self._leftover - let_go
-        effects: list[Effect] = [Write(on.BegunRecord(plan.generation))]
-        for peer in sorted(let_go):
-            effects += [Send(peer, Release(self.job, "others do it now")), Hangup(peer)]
-        return effects
+        return [Write(on.BegunRecord(plan.generation)), *self._let_go(let_go)]
 
     def _failed_once(self, now_s: float) -> list[Effect]:
         self._failures += 1

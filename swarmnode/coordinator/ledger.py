@@ -63,6 +63,8 @@ class Ledger(Generations):
                     return []
                 self._adopted.add(peer)
                 return self._begin_if_agreed(now_s)
+            case on.Heard(peer, Leaving(incarnation=incarnation)):
+                return self._on_leaving(peer, incarnation, now_s)
             case on.Heard(peer, Prepared() as prepared):
                 if self._preparing is not None:
                     self._preparing.heard(peer, prepared)
@@ -123,8 +125,6 @@ class Ledger(Generations):
             case Failed(reason=reason, child_ended=child_ended, blames=slot):
                 at_fault = plan.host(slot) if slot is not None and slot in plan else peer
                 return self._on_failed(at_fault, reason, now_s, child_ended=child_ended)
-            case Leaving():
-                return self._on_leaving(peer, now_s)
             case LinkBroken(peer=other):
                 self._broken_links.add(peer, other, now_s)
         return []
@@ -147,10 +147,13 @@ class Ledger(Generations):
             return self._to_all(Begin(self.job, self.generation, self.step, evaluate=True))
         if over:
             return self._finish_saving(now_s)
-        if self._is_time_to_move(now_s):
-            return self._form(now_s)
         self.phase = "training"
-        return self._to_all(Begin(self.job, self.generation, self.step))
+        effects = self._see_off(now_s)
+        if self._forming is not None or self.phase != "training":
+            return effects
+        if self._is_time_to_move(now_s):
+            return effects + self._form(now_s)
+        return effects + self._to_all(Begin(self.job, self.generation, self.step))
 
     def _to_all(self, message: Begin | Commit) -> list[Effect]:
         assert self.plan is not None
@@ -224,4 +227,4 @@ class Ledger(Generations):
         self._failures = 0
         self.pool.forgive(self.plan.workers() if self.plan else ())
         self.progress.going_again(now_s)
-        return []
+        return self._see_off(now_s)

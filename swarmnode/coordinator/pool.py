@@ -66,14 +66,20 @@ class Pool:
         if not child_ended or self._failures[peer] > 1:
             self.bar(peer, now_s)
 
-    def leave(self, peer: PeerId) -> None:
-        """The peer will go: no work for it until it has been started again."""
-        advert = self._alive.get(peer)
-        self._leaving[peer] = advert.incarnation if advert else 0
+    def leave(self, peer: PeerId, incarnation: int) -> None:
+        """This life of the peer will end: no work for it until it has been started again."""
+        self._leaving[peer] = incarnation
 
     def leaves(self, peer: PeerId) -> bool:
-        """Whether the peer has said that it will go."""
-        return peer in self._leaving
+        """Whether the peer has said that it will go, and was not started again since."""
+        incarnation = self._leaving.get(peer)
+        advert = self._alive.get(peer)
+        return incarnation is not None and (advert is None or advert.incarnation == incarnation)
+
+    @property
+    def leavers(self) -> list[PeerId]:
+        """Everybody who will go, by id."""
+        return sorted(filter(self.leaves, self._leaving))
 
     def forgive(self, peers: Sequence[PeerId]) -> None:
         """These did their part of a step: their strikes are forgotten."""
@@ -92,7 +98,7 @@ class Pool:
         return tuple(
             advert
             for peer, advert in sorted(self._alive.items())
-            if advert.incarnation != self._leaving.get(peer)
+            if not self.leaves(peer)
             and (peer not in self._barred or self._barred[peer].allows(advert, now_s))
         )
 

@@ -57,6 +57,24 @@ class NodeView:
 
 
 @dataclass(frozen=True)
+class Departure:
+    """What became of a node's work when it was asked to end: its last word, left in its home.
+
+    Slots are named as `JOB stage/slot`.
+    """
+
+    pid: int
+    handed_over: tuple[str, ...]
+    """Slots that it was released from: others have them, or nobody needs them any more."""
+    kept: tuple[str, ...]
+    """Slots that it still had in the end: others find out, and go on from what they hold."""
+    coordinated: tuple[str, ...]
+    """Jobs that it coordinated to the end, and that were not over."""
+    in_time: bool
+    """Whether coordinators let it go before `drain_s`, or a second request, cut the wait short."""
+
+
+@dataclass(frozen=True)
 class CoarserLink:
     """A directed link whose boundary frames are coded more coarsely than the job asks for."""
 

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from swarmnode.simulation.invariants import Violation
 from swarmnode.simulation.network import Machine
 from swarmnode.simulation.scenario import FaultKind
 
 if TYPE_CHECKING:
+    from swarmnode.simulation.daemon import Daemon
     from swarmnode.simulation.swarm import Swarm
 
 RESTARTS_S = (0.2, 1.0, 3.0, 8.0)
@@ -13,6 +15,12 @@ LENGTHS_S = (0.5, 2.0, 4.0, 7.0, 15.0)
 AT_COORDINATOR = 0.3
 """Share of faults that hit a machine that coordinates."""
 MOST_NODES = 6
+SAY_AGAIN_S = 1.0
+"""As in worker.service."""
+DRAIN_S = 20.0
+"""Who leaves goes after so long, also where it was not let go."""
+PEACEFUL = frozenset({"leave", "join"})
+"""Where nothing but these happens, everybody who leaves is let go within DRAIN_S."""
 
 
 class Faults:
@@ -221,14 +229,25 @@ class Faults:
                 hosting.work.crash()
 
     def _leave(self, machine: Machine) -> None:
-        """The machine says that it goes, goes a little later, and comes back."""
-        if not machine.runs or self._swarm.daemons[machine.name].coordinates():
+        """The machine says that it goes until it is let go, or for a while; it comes back."""
+        if machine.runs and not self._swarm.daemons[machine.name].coordinates():
+            self._drain(machine, self._swarm.daemons[machine.name], self._swarm.world.now_s)
+
+    def _drain(self, machine: Machine, daemon: "Daemon", since_s: float) -> None:
+        swarm, section = self._swarm, self._swarm.scenario.faults
+        if not machine.runs or swarm.daemons[machine.name] is not daemon:
             return
-        for hosting in self._swarm.daemons[machine.name].hostings.values():
-            hosting.say_leaving()
-        self._swarm.world.after(
-            2.0, None, lambda: self._end(machine, "leave", with_power=False, back_s=5.0)
-        )
+        hostings = [hosting for hosting in daemon.hostings.values() if not hosting.is_alone]
+        is_late = swarm.world.now_s - since_s >= DRAIN_S
+        if hostings and is_late and section is not None and set(section.kinds) <= PEACEFUL:
+            raise Violation(f"{machine.name} wants to leave and is not let go in {DRAIN_S:.0f} s")
+        if not hostings or is_late:
+            self._end(machine, "leave", with_power=False, back_s=5.0)
+            return
+        if not daemon.process.frozen:
+            for hosting in hostings:
+                hosting.say_leaving()
+        swarm.world.after(SAY_AGAIN_S, None, self._drain, machine, daemon, since_s)
 
     def _join(self, _machine: Machine) -> None:
         if len(self._swarm.network.machines) < MOST_NODES:

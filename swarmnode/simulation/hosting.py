@@ -262,6 +262,12 @@ class Hosting:
         if self._line is not None:
             self._line.send(message)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no coordinator on another node talks to us."""
+        return self._line is None or self._line.peer == self._daemon.name
+
     def say_leaving(self) -> None:
-        if self.plan is not None:
-            self._post(Leaving(self.manifest.job, self.plan.generation))
+        if not self.is_alone:
+            incarnation = self._daemon.swarm.incarnation(self._daemon.name)
+            self._post(Leaving(self.manifest.job, self.tenancy.promised, incarnation))

@@ -105,6 +105,10 @@ class Swarm:
         self.directory.pause(machine.name)
         self.disturbed(machine.name)
 
+    def incarnation(self, name: str) -> int:
+        """Of the life of a machine's daemon that is its last so far."""
+        return self._incarnations[name]
+
     def disturbed(self, name: str) -> None:
         """Something happened to this machine: it cannot be blamed for a while."""
         self._disturbed_s[name] = self.world.now_s

@@ -258,6 +258,7 @@ class JobHost:
             earlier.cancel()
             await asyncio.wait([earlier])
         if not self.tenancy.obeys(stream.peer):
+            self.alone.set()
             return
         peer = stream.peer
 
@@ -305,9 +306,8 @@ class JobHost:
         self._ended.set()
 
     def leave(self) -> None:
-        """Tell the coordinator that this node wants to end soon."""
-        if self.plan is not None:
-            self._post(Leaving(self.job, self.plan.generation))
+        """Tell the coordinator that this node wants to end soon; a voter without slots does too."""
+        self._post(Leaving(self.job, self.tenancy.promised, self._tools.incarnation))
 
     # ---- from the coordinator --------------------------------------------------------------
 

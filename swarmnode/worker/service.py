@@ -1,10 +1,11 @@
 """The worker side of a node: takes work from coordinators that a signed manifest vouches for."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from swarmnode.domain import JobId, PeerId
@@ -25,6 +26,8 @@ from swarmnode.worker.tools import HostTools
 
 MAX_JOBS = 4
 """Jobs that a node works for at once: each has a child of its own."""
+SAY_AGAIN_S = 1.0
+"""Who leaves says so again after so long, until it is let go."""
 KEPT_S = 7 * 86400.0
 """How long the files of a job stay that nobody asks for."""
 
@@ -82,12 +85,19 @@ class WorkerService:
             self._tools.on_orphaned(JobId(folder.name))
 
     async def leave(self) -> None:
-        """Give every slot to others; returns when coordinators have let us go, or are gone."""
-        leaving = [host for host in self.hosts() if host.is_served]
-        for host in leaving:
-            host.leave()
-        for host in leaving:
-            await host.alone.wait()
+        """Give every slot to others; returns when coordinators have let us go, or are gone.
+
+        Says so again and again: a coordinator may be another one meanwhile.
+        """
+        while leaving := [host for host in self.hosts() if not host.alone.is_set()]:
+            for host in leaving:
+                host.leave()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SAY_AGAIN_S):
+                    for host in leaving:
+                        await host.alone.wait()
+        for host in self.hosts():
+            await host.settled()
 
     async def _accept(self, stream: Stream) -> None:
         """Serve a coordinator's control stream, which begins with a question or an assignment."""
@@ -173,6 +183,16 @@ class WorkerService:
         if len(running) >= MAX_JOBS and manifest.job not in {host.job for host in running}:
             raise ProtocolError(f"this node works for {MAX_JOBS} jobs already")
         return manifest
+
+
+def slots_of(hosts: Iterable[JobHost], me: PeerId) -> tuple[str, ...]:
+    """The slots that these jobs give to `me`, as `JOB stage/slot`."""
+    return tuple(
+        f"{host.job} {at.stage}/{at.slot}"
+        for host in hosts
+        if host.plan is not None and not host.tenancy.is_released and host.tenancy.plan is not None
+        for at in host.tenancy.plan.hosted_by(me)
+    )
 
 
 def drop_old_folders(directory: Path, now_s: float) -> None:

@@ -38,6 +38,8 @@ class HostTools:
     """One for each node."""
 
     me: PeerId
+    incarnation: int
+    """Of this life of the node, as its advert says."""
     directory: Path
     """Where jobs keep their files, one folder each."""
     store: BlobStore

@@ -1,7 +1,10 @@
 """Nodes that are killed, stopped for a while, or asked to go: the result is the same."""
 
+import json
+
 import pytest
 
+from swarmnode.config import DEPARTURE_FILE
 from swarmnode.coordinator.events import CommitRecord
 from tests.chaos.trial import Outcome, Trial, placings, suspend, until
 
@@ -68,6 +71,8 @@ def test_a_node_that_is_asked_to_stop_hands_over_first(trial: Trial, undisturbed
     leaver.ask_to_stop()
     after = job.goes_on(before)
     assert leaver.wait_stopped(60) == 0, leaver.log_tail()
+    left = json.loads((leaver.home / DEPARTURE_FILE).read_text())
+    assert (len(left["handed_over"]) > 0, left["kept"], left["in_time"]) == (True, [], True)
     assert trial.peers[leaver.index] not in {p for row in after.placement for p in row}
     view = job.until(lambda view: view.phase == "serving")
     assert (view.recoveries, view.killed_peers) == (0, ()), "nobody was lost"

@@ -13,7 +13,7 @@ from rich.console import Console
 from swarmnode.cli.show import job_panel
 from swarmnode.codings import Coding
 from swarmnode.domain import PeerId
-from swarmnode.http.api import CoarserLink
+from swarmnode.http.api import CoarserLink, Departure
 
 MODEL = '[model]\nconfig = "config.json"\n[data]\npath = "text.txt"\n'
 
@@ -195,3 +195,67 @@ def test_help_and_verbs_import_no_heavy_library() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for verb in ("up", "submit", "jobs", "watch", "export", "generate", "status", "peers", "demo"):
         assert f"\n  {verb} " in done.stdout
+
+
+def ended(node: FakeNode, home: Path, **changes: object) -> None:
+    """The node's process ends when it is asked to, and leaves this word."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    said = Departure(process.pid, (f"{JOB} 0/0",), (), (), in_time=True)
+
+    def end() -> None:
+        (home / "departure.json").write_text(json.dumps(asdict(said) | changes))
+        process.communicate()
+
+    node.pid, node.end = process.pid, end
+
+
+def test_finish_says_how_many_slots_others_have(cli: Cli, node: FakeNode, home: Path) -> None:
+    ended(node, home)
+    status, out, _ = cli("finish")
+    assert (status, out) == (0, "the node has ended; 1 of its 1 slots were handed over\n")
+    ended(node, home)
+    status, out, _ = cli("finish", "--json")
+    assert (status, json.loads(out)) == (
+        0,
+        {
+            "peer": node.node().peer,
+            "handed_over": [f"{JOB} 0/0"],
+            "kept": [],
+            "coordinated": [],
+            "in_time": True,
+        },
+    )
+
+
+def test_finish_fails_where_the_node_ended_with_slots(cli: Cli, node: FakeNode, home: Path) -> None:
+    kept = [f"{JOB} 0/1", f"{JOB} 1/0"]
+    ended(node, home, kept=kept, in_time=False)
+    status, out, _ = cli("finish")
+    assert status == 1
+    assert out == (
+        "the node has ended; 1 of its 3 slots were handed over, "
+        "2 ended with it before others had them\n"
+    )
+    ended(node, home, handed_over=[], kept=kept, coordinated=[JOB])
+    status, out, _ = cli("finish")
+    assert (status, f"2 ended with it; it coordinated {JOB} to the end" in out) == (1, True)
+    ended(node, home, kept=kept, in_time=False)
+    status, out, _ = cli("finish", "--json")
+    assert (status, json.loads(out)["kept"], json.loads(out)["in_time"]) == (1, kept, False)
+
+
+@pytest.mark.parametrize("word", ["none", "an earlier life's"])
+def test_finish_fails_where_the_node_left_no_word(
+    cli: Cli, node: FakeNode, home: Path, word: str
+) -> None:
+    ended(node, home, pid=0)
+    if word == "none":
+        (end, node.end) = (node.end, lambda: None)
+        end()
+        (home / "departure.json").unlink()
+    status, out, err = cli("finish")
+    assert (status, out) == (1, "")
+    assert err == (
+        "swarmnode: failed: the node has ended without a word of what became of its "
+        "1 slots; see its log\n"
+    )

@@ -118,7 +118,7 @@ def test_who_wants_to_leave_is_let_go_once_others_have_its_slots() -> None:
     while bench.ledger.step < 2:
         bench.next()
     leaver = PeerId("c")
-    bench.feed(on.Heard(leaver, Leaving(bench.ledger.job, bench.ledger.generation)))
+    bench.feed(on.Heard(leaver, Leaving(bench.ledger.job, bench.ledger.generation, 1)))
     while leaver in bench.ledger.plan.workers() or bench.ledger.phase == "placing":
         bench.next() if bench.inbox else bench.tick(1.0)
     assert not bench.workers[leaver].stages, "it was released"
@@ -138,7 +138,7 @@ def test_what_the_solver_found_before_somebody_left_is_not_taken() -> None:
     everybody = tuple(bench.adverts.values())
     found = Improvement(solve(everybody, bench.ledger.facts, bench.job), None, 0.0)
     leaver = PeerId("c")
-    bench.feed(on.Heard(leaver, Leaving(bench.ledger.job, plan.generation)))
+    bench.feed(on.Heard(leaver, Leaving(bench.ledger.job, plan.generation, 1)))
     chosen = bench.ledger.replanning.chosen
     assert bench.ledger.newcomers == {PeerId("e")}
     bench.feed(on.Improved(plan.generation, found))
@@ -208,7 +208,7 @@ def test_who_leaves_although_nobody_can_replace_it_need_not_wait() -> None:
     bench = Bench(manifest(steps=STEPS, peers=2), "ab").start()
     while bench.ledger.step < 2:
         bench.next()
-    leaving = on.Heard(PeerId("b"), Leaving(bench.ledger.job, bench.ledger.generation))
+    leaving = on.Heard(PeerId("b"), Leaving(bench.ledger.job, bench.ledger.generation, 1))
     effects = bench.ledger.handle(leaving, bench.now_s)
     assert on.Hangup(PeerId("b")) in effects
     assert bench.ledger.phase == "waiting"

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,7 +87,9 @@ class FakeNode:
     """What is wrong with the checkpoint."""
     prompts: list[tuple[list[int], int, Sampling]] = field(default_factory=list)
     num_open: int = 0
-    finished: int = 0
+    pid: int = 1
+    end: Callable[[], None] = lambda: None
+    """What happens when it is asked to end."""
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -98,11 +100,11 @@ class FakeNode:
             join_address="/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWA",
             transport_addresses=("/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWA",),
             http_address="http://127.0.0.1:8080", uptime_s=12.5, num_peers=3, device="a cpu",
-            hosted=(f"{JOB} 0/0",), pids={"daemon": 1}, dropped={"stale_frame": 2},
+            hosted=(f"{JOB} 0/0",), pids={"daemon": self.pid}, dropped={"stale_frame": 2},
         )  # fmt: skip
 
     def finish(self) -> None:
-        self.finished += 1
+        self.end()
 
     def peers(self) -> tuple[PeerView, ...]:
         return tuple(

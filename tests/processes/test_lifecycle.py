@@ -74,6 +74,22 @@ def test_no_child_outlives_a_daemon_that_works(
         assert not alive, alive
 
 
+def test_finish_says_what_ended_with_a_node_that_is_alone(tmp_path: Path, text: Path) -> None:
+    """It coordinates its job, and there is nobody who could have its slots."""
+    with LocalSwarm(tmp_path, 1) as swarm:
+        swarm.start()
+        node = swarm.node(0)
+        job = job_file(text, "last", placement={"min_peers": 1}, run={"steps": 10_000})
+        name = node.client.submit(job, text)
+        wait_for(node.client, name, lambda view: view.step >= 1)
+        done = command("finish", "--json", home=node.home)
+        assert node.wait_stopped(STOP_S) == 0, node.log_tail()
+        assert done.returncode == 1, done
+        said = json.loads(done.stdout)
+        assert (said["handed_over"], len(said["kept"])) == ([], 4)
+        assert (said["coordinated"], said["in_time"]) == ([name], True)
+
+
 def test_a_daemon_that_was_killed_takes_its_job_up_again(tmp_path: Path, text: Path) -> None:
     with LocalSwarm(tmp_path, 1) as swarm:
         swarm.start()

@@ -3,11 +3,22 @@
 from pathlib import Path
 
 from swarmnode.simulation.outcome import Outcome, run_seed
-from swarmnode.simulation.scenario import Scenario, load_scenario
+from swarmnode.simulation.scenario import (
+    FaultSection,
+    JobSection,
+    Scenario,
+    load_scenario,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "scenarios"
 FAULTS = load_scenario(EXAMPLES / "faults.toml")
 CALM = Scenario(name="calm")
+PEACE = Scenario(
+    name="peace",
+    jobs=(JobSection(steps=40, step_s=0.6, evaluate_every=3),),
+    faults=FaultSection(every_s=6.0, last_s=60.0, kinds=("leave", "join")),
+)
+"""Nothing breaks, but machines come and, politely, go."""
 
 
 def first_violation(scenario: Scenario, most_seeds: int) -> Outcome | None:

@@ -5,7 +5,7 @@ import pytest
 from swarmnode.simulation.outcome import run_seed
 from swarmnode.simulation.scenario import JobSection, Scenario
 from swarmnode.simulation.swarm import Swarm
-from tests.simulation.scenarios import CALM, FAULTS
+from tests.simulation.scenarios import CALM, FAULTS, PEACE
 
 ONCE_FAILED = (
     46,  # a promise that a full disk refused was given the second time without being written
@@ -84,6 +84,13 @@ def test_without_faults_one_generation_does_all_the_work() -> None:
     assert outcome.violation == ""
     (job,) = outcome.jobs
     assert (job.steps, job.generations, job.takeovers, job.recoveries) == (8, 1, 0, ())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whoever_leaves_is_let_go_soon_and_no_step_is_lost(seed: int) -> None:
+    outcome = run_seed(PEACE, seed)
+    assert outcome.violation == "", "among them: nobody waits for DRAIN_S"
+    assert outcome.jobs[0].steps == 40
 
 
 def test_another_machine_takes_over_when_the_coordinator_stays_away() -> None:

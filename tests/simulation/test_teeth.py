@@ -26,7 +26,7 @@ from swarmnode.simulation.outcome import run_seed
 from swarmnode.worker.engine.ports import Payload
 from swarmnode.worker.engine.steps import Steps, _Run
 from swarmnode.worker.tenancy import Tenancy
-from tests.simulation.scenarios import FAULTS, first_violation
+from tests.simulation.scenarios import FAULTS, PEACE, first_violation
 
 MOST_SEEDS = 200
 
@@ -56,6 +56,13 @@ def test_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tenancy, "on_inquire", grant)
     monkeypatch.setattr(Tenancy, "on_assign", adopt)
     assert shown(monkeypatch)
+
+
+def test_nobody_hears_who_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "_on_leaving", lambda *_: [])
+    found = first_violation(PEACE, 5)
+    assert found is not None
+    assert "wants to leave and is not let go" in found.violation
 
 
 def test_the_log_is_replayed_without_one_record(monkeypatch: pytest.MonkeyPatch) -> None:

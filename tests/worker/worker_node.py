@@ -82,6 +82,7 @@ class Node:
         self.store = store = BlobStore(folder / "blobs")
         tools = HostTools(
             me=ME.peer,
+            incarnation=1,
             directory=folder / "jobs",
             store=store,
             blobs=BlobClient(transport, store),

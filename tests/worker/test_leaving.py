@@ -1,0 +1,86 @@
+"""A node that wants to end says so until each of its coordinators has let it go."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from worker_node import GOOD, ME, STRANGER, SUBMITTER, Node, answer, assign, node, plan
+
+from swarmnode.domain import Generation
+from swarmnode.messages import Adopt, Adopted, Answer, Failed, Inquire, Leaving, Release
+from swarmnode.p2p.ports import Stream
+from swarmnode.wire import pack
+from swarmnode.worker import fetching, service
+from swarmnode.worker.service import slots_of
+
+
+@pytest.fixture(autouse=True)
+def _hastily(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "RETRY_S", ())
+    monkeypatch.setattr(service, "SAY_AGAIN_S", 0.01)
+
+
+async def assigned(n: Node, generation: int = 1) -> Stream:
+    """A stream of the coordinator, whose assignment the node has taken."""
+    stream = await n.stream()
+    told = assign(plan=plan(generation=generation))
+    await stream.send(pack(told), GOOD.canonical())
+    assert isinstance(await answer(stream), Failed)
+    return stream
+
+
+async def test_it_is_said_again_until_the_node_is_released(tmp_path: Path) -> None:
+    async with node(tmp_path) as n, asyncio.TaskGroup() as group:
+        stream = await assigned(n)
+        hosts = n.service.hosts()
+        assert slots_of(hosts, ME.peer) == (f"{GOOD.job} 0/0",)
+        leave = group.create_task(n.service.leave())
+        for _ in range(3):
+            assert await answer(stream) == Leaving(GOOD.job, Generation(1), 1)
+        assert not leave.done()
+        await stream.send(pack(Release(GOOD.job, "others do it now")))
+        async with asyncio.timeout(5):
+            await leave
+        assert n.service.hosts() == ()
+        assert slots_of(hosts, ME.peer) == (), "it was released for good before it may end"
+
+
+async def test_whoever_coordinates_meanwhile_hears_it_too(tmp_path: Path) -> None:
+    async with node(tmp_path) as n, asyncio.TaskGroup() as group:
+        first = await assigned(n)
+        leave = group.create_task(n.service.leave())
+        assert isinstance(await answer(first), Leaving)
+        second = await n.stream()
+        await second.send(pack(assign(plan=plan(generation=2))), GOOD.canonical())
+        while not isinstance(said := await answer(second), Leaving):
+            assert isinstance(said, Failed)
+        assert said.generation == 2
+        await second.send(pack(Release(GOOD.job, "others do it now")))
+        async with asyncio.timeout(5):
+            await leave
+
+
+async def test_a_voter_without_slots_says_it_too(tmp_path: Path) -> None:
+    async with node(tmp_path) as n, asyncio.TaskGroup() as group:
+        stream = await n.stream()
+        signature = SUBMITTER.sign(GOOD.canonical())
+        inquire = Inquire(GOOD.job, Generation(1), Generation(0), 0, signature)
+        await stream.send(pack(inquire), GOOD.canonical())
+        assert isinstance(await answer(stream), Answer)
+        await stream.send(pack(Adopt(GOOD.job, plan(host=STRANGER.peer))))
+        assert await answer(stream) == Adopted(GOOD.job, Generation(1))
+        leave = group.create_task(n.service.leave())
+        assert await answer(stream) == Leaving(GOOD.job, Generation(1), 1)
+        await stream.reset()
+        async with asyncio.timeout(5):
+            await leave
+
+
+async def test_what_nobody_took_over_is_still_its_own(tmp_path: Path) -> None:
+    async with node(tmp_path) as n:
+        stream = await assigned(n)
+        hosts = n.service.hosts()
+        await stream.reset()
+        async with asyncio.timeout(5):
+            await n.service.leave()
+        assert slots_of(hosts, ME.peer) == (f"{GOOD.job} 0/0",)
