@@ -160,6 +160,7 @@ def fold(records: Sequence[Record]) -> list[Record]:
             case StartedRecord(step=step):
                 first_step = step if not losses else first_step
                 del losses[step - first_step :]
+                validation = {at: loss for at, loss in validation.items() if at <= step}
                 plan = [record]
             case CommitRecord(step=step, loss=loss):
                 del losses[step - first_step :]
@@ -168,10 +169,11 @@ def fold(records: Sequence[Record]) -> list[Record]:
                 validation[step] = loss
             case CheckpointRecord():
                 checkpoints.append(record)
-    valid = {step: loss for step, loss in validation.items() if step <= first_step + len(losses)}
     carried = [*plan, *checkpoints[-NUM_KEPT_CHECKPOINTS:]]
     num_lines = sum(_count(r) for r in records[1:kept_from]) - len(carried)
-    told = HistoryRecord(num_lines, first_step, tuple(losses), tuple(sorted(valid.items())), codec)
+    told = HistoryRecord(
+        num_lines, first_step, tuple(losses), tuple(sorted(validation.items())), codec
+    )
     return _in_pieces([records[0], *carried, told, *records[kept_from:]])
 
 

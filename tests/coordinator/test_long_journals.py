@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swarmnode.coordinator.events import (
@@ -155,6 +155,7 @@ happenings = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(happenings, st.integers(1, 5))
+@example([("commit", 1), ("evaluate", 0), ("start", 1), ("commit", 4), ("fold", 0)], 1)
 def test_a_journal_says_the_same_however_often_it_is_folded(
     happened: list[tuple[str, int]], size: int
 ) -> None:
