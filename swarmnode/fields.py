@@ -15,6 +15,10 @@ Fence = Annotated[Generation, Field(strict=True, ge=0, lt=1 << 62)]
 Losses = Annotated[tuple[float, ...], Field(max_length=4096)]
 """Mean losses of microbatches, in nats per token."""
 Hash = Annotated[str, Field(min_length=8, max_length=64, pattern=r"^[0-9a-f]+$")]
+MAX_LEASE_BYTES = 480 << 10
+"""With it, an Assign still has room for its updates and the plan."""
+Proof = Annotated[bytes, Field(max_length=MAX_LEASE_BYTES)]
+"""A lease as it goes over the wire: why its sender may coordinate (see swarmnode.p2p.lease)."""
 Text = Annotated[str, Field(max_length=4096)]
 Seconds = Annotated[float, Field(ge=0, le=60)]
 Speed = Annotated[float, Field(gt=0, le=1e12)]

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from swarmnode.codings import MAX_CODINGS, Coding
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
-from swarmnode.fields import Count, Fence, Hash, Losses, Seconds, Speed, Text
+from swarmnode.fields import Count, Fence, Hash, Losses, Proof, Seconds, Speed, Text
 from swarmnode.fields import FrameKind as FrameKind
 from swarmnode.fields import SentKind as SentKind
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
@@ -98,8 +98,8 @@ class Inquire:
     num_lines: Count
     """Lines of the job's journal that the sender has; who has more does not grant, either."""
     signature: bytes
-    lease: Annotated[bytes, Field(max_length=1 << 16)] = b""
-    """Why the sender may ask, if it is not the submitter (see swarmnode.lease)."""
+    lease: Proof = b""
+    """Why the sender may ask, if it is not the submitter (see swarmnode.p2p.lease)."""
 
     @property
     def is_agreed(self) -> bool:
@@ -122,7 +122,7 @@ class Assign:
     signature: bytes
     commits: Annotated[tuple[Committed, ...], Field(max_length=MAX_COMMITTED)] = ()
     """The last committed steps, without gaps, up to `step` - 1; enough for every source."""
-    lease: Annotated[bytes, Field(max_length=1 << 16)] = b""
+    lease: Proof = b""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Adopt:
 
     job: JobId
     plan: Plan
-    lease: Annotated[bytes, Field(max_length=1 << 16)] = b""
+    lease: Proof = b""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,10 @@ class SubmittedRecord:
 
 @dataclass(frozen=True)
 class HistoryRecord:
-    """In place of the `num_lines` lines before the next one: what they came to."""
+    """In place of the `num_lines` lines before the next one: what they came to.
+
+    Several in turn go on from each other.
+    """
 
     num_lines: int
     first_step: int

@@ -148,8 +148,8 @@ class JobState:
             match record:
                 case on.HistoryRecord(_, first_step, losses, validation, codec):
                     self.step = first_step + len(losses)
-                    self.progress.losses = list(losses)
-                    self.progress.validation = list(validation)
+                    self.progress.losses.extend(losses)
+                    self.progress.validation.extend(validation)
                     self.progress.val_codec = codec
                 case on.StartedRecord(step=step) as started:
                     self.plan, self.generation = started.plan(), started.generation

@@ -2,7 +2,7 @@
 
 A line is `crc32 (8 hex digits) space JSON newline`. Reading stops at the first line that is
 incomplete or damaged: a torn tail is what a crash leaves, and what was never acknowledged.
-Lines that newer checkpoints made superfluous are folded into one; it counts for all of them, so
+Lines that newer checkpoints made superfluous are folded into a few; these count for all of them, so
 that the number of a line never changes.
 """
 
@@ -37,6 +37,8 @@ NUM_KEPT_CHECKPOINTS = 2
 """Two, because a worker may be fetching the older one while the newer is written."""
 FOLD_AT_LINES = 4 * MAX_COMMITTED
 """So many lines are folded, at the next checkpoint, down to what a catching-up worker may need."""
+MAX_TOLD = 4096
+"""Losses, and as many held-out ones, that one folded line tells: 0.3 MB where no digit is saved."""
 
 _RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Record.__args__}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {n: TypeAdapter(k) for n, k in _RECORDS.items()}
@@ -47,9 +49,14 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         """Open or create the journal; a torn tail is cut off, and what is left is on the disk: an
-        earlier life may have ended between a line and its fsync. Raises: OSError."""
+        earlier life may have ended between a line and its fsync. Older versions folded into one
+        line, however long; it is cut into lines that fit a message. Raises: OSError."""
         self._path = path
         rows = list(_rows(path))
+        whole = _in_pieces([record for record, _ in rows])
+        if len(whole) > len(rows):
+            write_durably(path, b"".join(map(_line, whole)))
+            rows = list(_rows(path))
         self.found = [record for record, _ in rows]
         """What earlier lives wrote."""
         self._stops = [stop for _, stop in rows]
@@ -134,7 +141,7 @@ def fold_file(path: Path) -> list[Record]:
 
 
 def fold(records: Sequence[Record]) -> list[Record]:
-    """The same journal, with all but the newest lines told by one."""
+    """The same journal, with all but the newest lines told by few."""
     kept_from = max(1, len(records) - MAX_COMMITTED)
     first_step = 0
     losses: list[float] = []
@@ -144,13 +151,16 @@ def fold(records: Sequence[Record]) -> list[Record]:
     checkpoints: list[Record] = []
     for record in records[1:kept_from]:
         match record:
-            case HistoryRecord(_, first_step, known, seen, codec):
-                losses, validation = list(known), dict(seen)
+            case HistoryRecord(_, begin, known, seen, codec):
+                first_step = first_step if losses else begin
+                losses.extend(known)
+                validation.update(seen)
             case BegunRecord():
                 plan = [*plan[:1], record]
             case StartedRecord(step=step):
                 first_step = step if not losses else first_step
                 del losses[step - first_step :]
+                validation = {at: loss for at, loss in validation.items() if at <= step}
                 plan = [record]
             case CommitRecord(step=step, loss=loss):
                 del losses[step - first_step :]
@@ -159,11 +169,33 @@ def fold(records: Sequence[Record]) -> list[Record]:
                 validation[step] = loss
             case CheckpointRecord():
                 checkpoints.append(record)
-    valid = {step: loss for step, loss in validation.items() if step <= first_step + len(losses)}
     carried = [*plan, *checkpoints[-NUM_KEPT_CHECKPOINTS:]]
     num_lines = sum(_count(r) for r in records[1:kept_from]) - len(carried)
-    told = HistoryRecord(num_lines, first_step, tuple(losses), tuple(sorted(valid.items())), codec)
-    return [records[0], *carried, told, *records[kept_from:]]
+    told = HistoryRecord(
+        num_lines, first_step, tuple(losses), tuple(sorted(validation.items())), codec
+    )
+    return _in_pieces([records[0], *carried, told, *records[kept_from:]])
+
+
+def _in_pieces(records: Sequence[Record]) -> list[Record]:
+    """The same records, none of which tells more than `MAX_TOLD` losses."""
+    return [
+        piece
+        for record in records
+        for piece in (_pieces(record) if isinstance(record, HistoryRecord) else (record,))
+    ]
+
+
+def _pieces(told: HistoryRecord) -> Iterator[HistoryRecord]:
+    """Records that come to the same, in turn. A loss was told by a line of its own once: for that
+    line it counts, and the first piece for all the others."""
+    num_lines, step = told.num_lines - len(told.losses) - len(told.validation), told.first_step
+    for start in range(0, max(1, len(told.losses), len(told.validation)), MAX_TOLD):
+        losses = told.losses[start : start + MAX_TOLD]
+        validation = told.validation[start : start + MAX_TOLD]
+        num_lines += len(losses) + len(validation)
+        yield HistoryRecord(num_lines, step, losses, validation, told.codec)
+        num_lines, step = 0, step + len(losses)
 
 
 def read_journal(path: Path) -> tuple[list[Record], int]:

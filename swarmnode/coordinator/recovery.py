@@ -20,8 +20,9 @@ STATE_BYTES_PER_WEIGHT = 12
 LOG_SHARE = 2.0
 """A snapshot is taken when the log since the last one is about so many times as large as it."""
 MAX_PROVIDERS = 16
-MAX_ASSIGNED_UPDATES = 8000
-"""Updates of all stages together that one assignment may name: it must fit a control message."""
+MAX_ASSIGNED_UPDATES = 5000
+"""Updates of all stages together that one assignment may name: it must fit the header of a control
+message, beside the longest lease and the plan."""
 
 
 class CommitLog:

@@ -15,6 +15,7 @@ class Tenure:
     def __init__(self, path: Path, job: JobId, submitter: PeerId, me: PeerId, sign: Sign) -> None:
         self._path = path
         self._job = job
+        self._submitter = submitter
         self._me = me
         self._sign = sign
         self._lease = Lease.decode(path.read_bytes()) if path.exists() else Lease()
@@ -45,4 +46,5 @@ class Tenure:
         """The lease with our election, if we had to be elected."""
         if self._holder == self._me:
             return self._lease
-        return self._lease.won(generation, self._me, self._votes.get(generation, {}))
+        votes = self._votes.get(generation, {})
+        return self._lease.won(self._submitter, generation, self._me, votes)

@@ -38,7 +38,10 @@ def may_coordinate(
     if is_voter(tenancy, lease, sender, generation):
         return True
     try:
-        holder, since = Lease.decode(lease).holder(tenancy.job, tenancy.submitter)
+        shown = Lease.decode(lease)
+        if shown.last_holder(tenancy.submitter) != sender:
+            return False  # somebody else's: anybody could have it checked again and again
+        holder, since = shown.holder(tenancy.job, tenancy.submitter)
     except ProtocolError:
         return False
     return holder == sender and since <= generation
