@@ -27,6 +27,7 @@ from swarmnode.p2p.blob_protocol import PIECE_BYTES, OnCount, ignore_count
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.links import OnTransfer, ignore_transfer
 from swarmnode.p2p.ports import EndOfStream, Stream, Transport
+from swarmnode.p2p.suspects import Suspects
 from swarmnode.wire import BLOB_PROTOCOL
 
 Provider = tuple[PeerId, Sequence[str]]
@@ -46,12 +47,15 @@ class BlobClient:
         on_transfer: OnTransfer = ignore_transfer,
         *,
         max_in_flight: int = 4,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
         self._store = store
         self._on_count = on_count
         self._on_transfer = on_transfer
         self._max_in_flight = max_in_flight
+        self._now_s = now_s
+        self._suspects = Suspects()
 
     async def fetch(self, job: JobId, ref: BlobRef, providers: Sequence[Provider]) -> bytes:
         """The content of one blob, from the store or from the first provider that has it.
@@ -74,7 +78,8 @@ class BlobClient:
 
         What is already there and sound is kept, so a fetch that failed goes on where it was.
         A provider that breaks, refuses or sends a bad chunk is not asked again in this call;
-        one that lacks a chunk is still asked for others. `progress(done_bytes, total_bytes)`
+        one that sent a bad chunk is asked last in further calls, for `SUSPECT_S`; one that
+        lacks a chunk is still asked for others. `progress(done_bytes, total_bytes)`
         is called at the start and after each blob.
 
         Raises, once some blob has no provider left: RefusedError if all refused, ChunkError
@@ -103,6 +108,8 @@ class BlobClient:
             providers,
             report,
             is_borrowed,
+            self._suspects,
+            self._now_s,
         )
         failure: BaseException | None = None
         try:
@@ -136,6 +143,8 @@ class _Fetch:
         providers: Sequence[Provider],
         report: Callable[[int], None],
         is_borrowed: bool,
+        suspects: Suspects,
+        now_s: Callable[[], float],
     ) -> None:
         self._transport = transport
         self._store = store
@@ -151,6 +160,8 @@ class _Fetch:
         """Bytes of each provider so far, over all streams: they share one link."""
         self._report = report
         self._is_borrowed = is_borrowed
+        self._suspects = suspects
+        self._now_s = now_s
         self._done_bytes = 0
 
     async def work(self, number: int) -> None:
@@ -190,6 +201,8 @@ class _Fetch:
         able = [p for p in self._providers if p not in self._dropped and p not in lacking]
         if not able:
             raise self._why(ref)
+        now_s = self._now_s()
+        able = [p for p in able if not self._suspects.has(p, now_s)] or able
         turn = number % len(able)
         current = None if stream is None else stream.peer
         return min(able[turn:] + able[:turn], key=lambda p: (self._load[p], p != current))
@@ -246,12 +259,12 @@ class _Fetch:
             data[filled : filled + len(piece)] = piece
             self._arrived[stream.peer] += len(piece)
             if filled == 0:
-                first_s, before = time.monotonic(), self._arrived[stream.peer]
+                first_s, before = self._now_s(), self._arrived[stream.peer]
             filled += len(piece)
         # Unless it is paced, the link was busy from the first piece to the last.
         if status == "ok" and ref.num_bytes > PIECE_BYTES:
             self._on_transfer(
-                stream.peer, self._arrived[stream.peer] - before, time.monotonic() - first_s
+                stream.peer, self._arrived[stream.peer] - before, self._now_s() - first_s
             )
         return data
 
@@ -260,6 +273,8 @@ class _Fetch:
         if peer in self._dropped:
             return
         self._dropped[peer] = error
+        if isinstance(error, ChunkError):
+            self._suspects.charge(peer, self._now_s())
         names = {ChunkError: "bad_chunk", RefusedError: "refused"}
         self._on_count(names.get(type(error), "lost"), peer, 1)
 
