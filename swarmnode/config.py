@@ -56,6 +56,9 @@ class NodeConfig(BaseSettings):
     """Most device memory for jobs, as 8GB or 8GiB; 80 % of what the device has unless given."""
     num_threads: int | None = Field(default=None, ge=1, le=4096)
     """Most CPU threads for each job; all cores unless given."""
+    upload_mbit: float | None = Field(default=None, ge=0.5, le=1e6, allow_inf_nan=False)
+    """Most Mbit/s for the files of jobs (states, checkpoints, data) that others fetch from this
+    node, all together; no limit unless given. What a step exchanges is not among them."""
     targets_directory: Path | None = None
     """Folder where the node announces itself to Prometheus, in a file of its own."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -71,6 +74,10 @@ class NodeConfig(BaseSettings):
     """Where jobs compute: cuda, cpu, or cuda where there is one."""
     trace: bool = False
     """Write where time goes to files in the folder trace of the home; they grow without end."""
+
+    @property
+    def upload_bytes_per_s(self) -> float | None:
+        return None if self.upload_mbit is None else self.upload_mbit * 1e6 / 8
 
     @field_validator("memory_bytes", mode="before")
     @classmethod

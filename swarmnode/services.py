@@ -30,8 +30,9 @@ from swarmnode.messages import (
 )
 from swarmnode.node import Node, job_view
 from swarmnode.p2p import adverts
+from swarmnode.p2p.blob_server import serve_blobs
 from swarmnode.p2p.blob_store import BlobStore
-from swarmnode.p2p.blobs import BlobClient, serve_blobs
+from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.directory.keeper import KeptDirectory
 from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.lease import vote_text
@@ -162,6 +163,7 @@ class Services:
                 or self.coordinator.names(peer, job)
             ),
             self._count_blobs,
+            upload_bytes_per_s=config.upload_bytes_per_s,
         )
         self.node = Node(
             identity=identity,

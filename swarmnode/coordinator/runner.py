@@ -74,9 +74,9 @@ class JobRunner:
     def __init__(
         self,
         ledger: Ledger,
-        canonical: bytes,
         journal: Journal,
         tenure: Tenure,
+        canonical: bytes,
         tools: RunnerTools,
     ) -> None:
         self.ledger = ledger
@@ -90,6 +90,7 @@ class JobRunner:
         self._num_changes = 0
         self._condition = asyncio.Condition()
         self._handling = asyncio.Lock()
+        self._stop: on.StopAsked | None = None
 
     async def run(self) -> None:
         """Work until the job is over. Never raises for what a peer did."""
@@ -133,12 +134,29 @@ class JobRunner:
             self._num_changes += 1
             self._condition.notify_all()
 
-    def give_up(self, reason: str) -> None:
+    async def give_up(self, reason: str) -> None:
         """The shell cannot go on: the job has failed as far as this life of the node goes."""
         self.ledger.phase, self.ledger.reason = "failed", reason
         self._tools.on_changed(self.ledger)
+        await self._notify()
+
+    async def pause(self, reason: str) -> None:
+        """What the ledger decided last could not be written: nothing happens until `go_on`."""
+        self.ledger.phase, self.ledger.reason = "waiting", reason
+        self._tools.on_changed(self.ledger)
+        await self._notify()
+
+    def go_on(self, ledger: Ledger, journal: Journal, tenure: Tenure) -> None:
+        """Make ready to `run` again, from what the files say; that it was to stop still holds."""
+        self.ledger, self._journal, self._tenure = ledger, journal, tenure
+        self._events = asyncio.Queue(self._events.maxsize)
+        self._lines = {}
+        if self._stop is not None:
+            self._events.put_nowait(self._stop)
 
     async def tell(self, event: on.Event) -> None:
+        if isinstance(event, on.StopAsked):
+            self._stop = event
         await self._events.put(event)
 
     @property

@@ -4,8 +4,9 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from swarmnode.coordinator.head import Head
 from swarmnode.coordinator.journal import Journal, read_journal
 from swarmnode.coordinator.ledger import Ledger
 from swarmnode.coordinator.retention import chunks_of, forget_replaced
+from swarmnode.coordinator.room import full_disk, when_there_is_room
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import GridRequest, Swarm
@@ -39,6 +41,7 @@ from swarmnode.tensorfiles import read_header
 from swarmnode.tokenizer import TextTokenizer, load_tokenizer
 
 JOB_FILE, LEASE_FILE, TOKENIZER_FOLDER = "job.json", "lease", "tokenizer"
+OpenFiles = tuple[Ledger, Journal, Tenure]
 
 
 @dataclass
@@ -152,15 +155,46 @@ class CoordinatorService:
         """Start again every job that an earlier life of this node had not ended."""
         for path in sorted(self._directory.glob(f"*/{JOB_FILE}")):
             try:
-                saved = json.loads(path.read_text(encoding="utf-8"))
-                manifest = check(Manifest, saved["manifest"], str(path))
-                facts = ModelFacts(**saved["facts"])
-                if manifest.model.weights is not None and saved["weights_path"]:
-                    await asyncio.to_thread(self._offer_weights, Path(saved["weights_path"]))
-                self._start(manifest, facts, bytes.fromhex(saved["signature"]), path.parent)
+                start = await self._saved(path)
+                try:
+                    start()
+                except (SwarmError, OSError) as error:
+                    if (full := full_disk(error)) is None:
+                        raise
+                    waiting = self._start_later(path.parent, full, start)
+                    self._group.create_task(waiting, name=f"room for {path.parent.name}")
             except (SwarmError, OSError, ValueError, KeyError, TypeError) as error:
                 self._tools.log("job not restored", path=str(path), reason=str(error))
         self._group.create_task(self.checkpoints.run(), name="checkpoints")
+
+    async def _saved(self, path: Path) -> Callable[[], None]:
+        """How to start what `_write_job` wrote. Raises: SwarmError, OSError, ValueError, KeyError,
+        TypeError."""
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        manifest = check(Manifest, saved["manifest"], str(path))
+        facts = ModelFacts(**saved["facts"])
+        if manifest.model.weights is not None and saved["weights_path"]:
+            await asyncio.to_thread(self._offer_weights, Path(saved["weights_path"]))
+        signature = bytes.fromhex(saved["signature"])
+        return partial(self._start, manifest, facts, signature, path.parent)
+
+    async def _start_later(
+        self, directory: Path, failure: OSError, start: Callable[[], None]
+    ) -> None:
+        """Start a job as soon as its disk has room for what that writes."""
+        job = JobId(directory.name)
+
+        async def say(reason: str) -> None:
+            self._tools.log("job waits for room", job=job, reason=reason)
+
+        def start_once() -> None:
+            if job not in self._jobs:  # it may have been taken over meanwhile
+                start()
+
+        try:
+            await when_there_is_room(directory, failure, start_once, say)
+        except (SwarmError, OSError) as error:
+            self._tools.log("job not restored", path=str(directory), reason=str(error))
 
     def take_over(self, papers: Papers) -> None:
         """Stand for election as the coordinator of a job whose own is gone.
@@ -212,42 +246,70 @@ class CoordinatorService:
     def _start(
         self, manifest: Manifest, facts: ModelFacts, signature: bytes, directory: Path
     ) -> None:
-        store, switch, me = self._tools.store, self._tools.switch, self._identity.peer
+        store, switch = self._tools.store, self._tools.switch
         tokenizer_directory = directory / TOKENIZER_FOLDER
         unpack_folder(store.read(manifest.tokenizer), tokenizer_directory)
         tokenizer = load_tokenizer(tokenizer_directory)
-        journal = Journal(directory / JOURNAL_FILE)
-        if not journal.found:
-            journal.append(on.SubmittedRecord(facts))
-        tenure = Tenure(
-            directory / LEASE_FILE, manifest.job, manifest.submitter, me, self._identity.sign
-        )
-        ledger = Ledger(manifest, facts, me, signature, time.monotonic())
-        ledger.restore(self._readable(journal.found))
-        runner = JobRunner(ledger, manifest.canonical(), journal, tenure, self._tools)
+        open_files = partial(self._open_files, manifest, facts, signature, directory)
+        runner = JobRunner(*open_files(), manifest.canonical(), self._tools)
 
         def serving_plan() -> Plan | None:
+            ledger = runner.ledger
             is_placed = ledger.phase in ("training", "evaluating", "saving", "serving")
             return ledger.plan if is_placed else None
 
         head = Head(manifest.job, switch, serving_plan)
         self._jobs[manifest.job] = RunningJob(runner, manifest, facts, directory, tokenizer, head)
-        self._group.create_task(self._run(runner), name=f"job {manifest.job}")
+        self._group.create_task(
+            self._run(runner, directory, open_files), name=f"job {manifest.job}"
+        )
 
-    async def _run(self, runner: JobRunner) -> None:
+    def _open_files(
+        self, manifest: Manifest, facts: ModelFacts, signature: bytes, directory: Path
+    ) -> OpenFiles:
+        """A job as its files tell it."""
+        me = self._identity.peer
+        tenure = Tenure(
+            directory / LEASE_FILE, manifest.job, manifest.submitter, me, self._identity.sign
+        )
+        journal = Journal(directory / JOURNAL_FILE)
+        try:
+            if not journal.found:
+                journal.append(on.SubmittedRecord(facts))
+            ledger = Ledger(manifest, facts, me, signature, time.monotonic())
+            ledger.restore(self._readable(journal.found))
+        except BaseException:
+            journal.close()
+            raise
+        return ledger, journal, tenure
+
+    async def _run(
+        self, runner: JobRunner, directory: Path, open_files: Callable[[], OpenFiles]
+    ) -> None:
         """Run one job; whatever goes wrong with it stays its own affair.
 
-        A job that ends here without a record in its journal is taken up again at the next start.
+        While the disk is full it waits, and then goes on from what its journal says. A job that
+        ends here without a record in its journal is taken up again at the next start.
         """
-        ledger = runner.ledger
+        job = runner.ledger.job
+
+        async def say(reason: str) -> None:
+            self._tools.log("job waits for room", job=job, reason=reason)
+            await runner.pause(f"waits for room on its disk: {reason}")
+
         try:
-            await runner.run()
+            while (failure := await _run_until_full(runner)) is not None:
+                await when_there_is_room(
+                    directory, failure, lambda: runner.go_on(*open_files()), say
+                )
+                self._tools.log("job goes on", job=job)
+            ledger = runner.ledger
             if ledger.successor is not None and ledger.manifest.submitter != self._identity.peer:
-                (self._directory / ledger.job / JOB_FILE).unlink(missing_ok=True)
-        except Exception as error:  # a full disk, or a bug of ours: the node's other jobs go on
-            failure = first_error(error) if isinstance(error, BaseExceptionGroup) else error
-            runner.give_up(f"{type(failure).__name__}: {failure}; restart the node to go on")
-            self._tools.log("job gave up", job=ledger.job, reason=str(failure))
+                (directory / JOB_FILE).unlink(missing_ok=True)
+        except Exception as error:  # a broken disk, or a bug of ours: the node's other jobs go on
+            cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+            self._tools.log("job gave up", job=job, reason=str(cause))
+            await runner.give_up(f"{type(cause).__name__}: {cause}; restart the node to go on")
 
     def _readable(self, records: Sequence[on.Record]) -> list[on.Record]:
         """The journal without checkpoints of which a chunk is gone or damaged.
@@ -312,3 +374,15 @@ class CoordinatorService:
                     tensors.setdefault(tensor.name, tensor)
         await asyncio.to_thread(write_safetensors, path, tensors.values(), store.read)
         return step
+
+
+async def _run_until_full(runner: JobRunner) -> OSError | None:
+    """Run a job: None once it is over, or the error if the disk is full."""
+    try:
+        await runner.run()
+    except Exception as error:
+        failure = full_disk(error)
+        if failure is None:
+            raise
+        return failure
+    return None

@@ -1,9 +1,7 @@
-"""Chunks between peers: whoever takes part in a job serves its blobs, and fetches from many.
+"""Chunks of peers: whoever takes part in a job fetches its blobs, from many.
 
-Protocol `/swarmnode/blob/1`: requests follow each other on a stream. A request is one message,
-msgpack `{job, sha256, num_bytes}`; the answer is one message, msgpack `{status}`, and behind
-"ok" the bytes, in messages of `PIECE_BYTES` (the last may be shorter). Every blob is checked
-against its hash before it counts.
+Every blob is checked against its hash before it counts. What is said on the wire is in
+`blob_protocol`, the other side in `blob_server`.
 """
 
 import asyncio
@@ -12,7 +10,6 @@ import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
 
 import msgpack
 
@@ -25,133 +22,15 @@ from swarmnode.errors import (
     RefusedError,
     SwarmError,
 )
-from swarmnode.failpoints import hit
+from swarmnode.p2p import blob_protocol
+from swarmnode.p2p.blob_protocol import PIECE_BYTES, OnCount, ignore_count
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.links import OnTransfer, ignore_transfer
-from swarmnode.p2p.ports import EndOfStream, Stream, Transport, Urgency
-from swarmnode.wire import BLOB_PROTOCOL, MAX_BLOB_BYTES
-
-PIECE_BYTES = 256 << 10
-"""Also the largest message either side accepts: all that a stranger can make us allocate."""
-MAX_REQUEST_BYTES = 1024
-MAX_STREAMS_PER_PEER = 16
-MAX_SENDING = 8
-"""Blobs that a server holds in memory at once; further requests wait."""
-MIN_BYTES_PER_S = 16 << 10
-"""A peer slower than this is as good as lost."""
-MIN_TIMEOUT_S = 20.0
+from swarmnode.p2p.ports import EndOfStream, Stream, Transport
+from swarmnode.p2p.suspects import Suspects
+from swarmnode.wire import BLOB_PROTOCOL
 
 Provider = tuple[PeerId, Sequence[str]]
-OnCount = Callable[[str, PeerId, int], None]
-"""Called with what happened, with whom, and how much of it: see `serve_blobs`, `BlobClient`."""
-
-
-def ignore_count(event: str, peer: PeerId, amount: int) -> None:
-    """Count nothing."""
-
-
-def timeout_s(num_bytes: int) -> float:
-    """How long one answer of that size may take."""
-    return MIN_TIMEOUT_S + num_bytes / MIN_BYTES_PER_S
-
-
-# ---- serving ------------------------------------------------------------------------------------
-
-
-def serve_blobs(
-    transport: Transport,
-    store: BlobStore,
-    allowed: Callable[[PeerId, JobId], bool],
-    on_count: OnCount = ignore_count,
-) -> None:
-    """Serve the blobs of `store` to peers that are `allowed` in the job they name.
-
-    Whoever is allowed in any job and knows a hash may have the blob. A peer has at most
-    `MAX_STREAMS_PER_PEER` streams; all answers in flight together hold `MAX_SENDING` blobs.
-    Counts: sent_bytes, refused, missing, malformed (with the peer that asked).
-    """
-    handle = _Server(store, allowed, on_count).handle
-    transport.serve(BLOB_PROTOCOL, handle, max_message_bytes=PIECE_BYTES, urgency=Urgency.BLOB)
-
-
-class _Server:
-    def __init__(
-        self, store: BlobStore, allowed: Callable[[PeerId, JobId], bool], on_count: OnCount
-    ) -> None:
-        self._store = store
-        self._allowed = allowed
-        self._on_count = on_count
-        self._streams: Counter[PeerId] = Counter()
-        self._sending = asyncio.Semaphore(MAX_SENDING)
-
-    async def handle(self, stream: Stream) -> None:
-        """Answer requests until the peer closes, asks nothing for a while, or breaks a rule."""
-        if self._streams[stream.peer] >= MAX_STREAMS_PER_PEER:
-            self._on_count("refused", stream.peer, 1)
-            return
-        self._streams[stream.peer] += 1
-        try:
-            while True:
-                async with asyncio.timeout(MIN_TIMEOUT_S):
-                    request = await stream.receive()
-                await self._answer(stream, request)
-        except (EndOfStream, TimeoutError):
-            pass
-        except ProtocolError:
-            self._on_count("malformed", stream.peer, 1)
-            raise
-        finally:
-            self._streams[stream.peer] -= 1
-            if not self._streams[stream.peer]:
-                del self._streams[stream.peer]
-
-    async def _answer(self, stream: Stream, request: bytes | bytearray) -> None:
-        job, ref = _parse_request(request)
-        if not self._allowed(stream.peer, job):
-            self._on_count("refused", stream.peer, 1)
-            await _send(stream, {"status": "refused"})
-            return
-        async with self._sending:
-            try:
-                data = await asyncio.to_thread(self._store.read, ref)
-            except ChunkError:
-                self._on_count("missing", stream.peer, 1)
-                await _send(stream, {"status": "missing"})
-                return
-            async with asyncio.timeout(timeout_s(len(data))):
-                await _send(stream, {"status": "ok"})
-                for start in range(0, len(data), PIECE_BYTES):
-                    await stream.send(memoryview(data)[start : start + PIECE_BYTES])
-                    hit("seeding")
-            self._on_count("sent_bytes", stream.peer, len(data))
-
-
-def _parse_request(request: bytes | bytearray) -> tuple[JobId, BlobRef]:
-    body = _unpack(request)
-    job, sha256, num_bytes = body.get("job"), body.get("sha256"), body.get("num_bytes")
-    if len(body) != 3 or not isinstance(job, str) or not isinstance(sha256, str):
-        raise ProtocolError("blob request has the wrong fields")
-    if type(num_bytes) is not int or not 0 <= num_bytes <= MAX_BLOB_BYTES:
-        raise ProtocolError("blob request for an impossible size")
-    return JobId(job), BlobRef(sha256, num_bytes)
-
-
-def _unpack(message: bytes | bytearray) -> dict[str, Any]:
-    try:
-        body = msgpack.unpackb(message) if len(message) <= MAX_REQUEST_BYTES else None
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"not msgpack: {error}") from None
-    if not isinstance(body, dict):
-        raise ProtocolError("a map was expected")
-    return body
-
-
-async def _send(stream: Stream, body: dict[str, Any]) -> None:
-    async with asyncio.timeout(MIN_TIMEOUT_S):
-        await stream.send(msgpack.packb(body))
-
-
-# ---- fetching -----------------------------------------------------------------------------------
 
 
 class BlobClient:
@@ -168,12 +47,15 @@ class BlobClient:
         on_transfer: OnTransfer = ignore_transfer,
         *,
         max_in_flight: int = 4,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
         self._store = store
         self._on_count = on_count
         self._on_transfer = on_transfer
         self._max_in_flight = max_in_flight
+        self._now_s = now_s
+        self._suspects = Suspects()
 
     async def fetch(self, job: JobId, ref: BlobRef, providers: Sequence[Provider]) -> bytes:
         """The content of one blob, from the store or from the first provider that has it.
@@ -196,7 +78,8 @@ class BlobClient:
 
         What is already there and sound is kept, so a fetch that failed goes on where it was.
         A provider that breaks, refuses or sends a bad chunk is not asked again in this call;
-        one that lacks a chunk is still asked for others. `progress(done_bytes, total_bytes)`
+        one that sent a bad chunk is asked last in further calls, for `SUSPECT_S`; one that
+        lacks a chunk is still asked for others. `progress(done_bytes, total_bytes)`
         is called at the start and after each blob.
 
         Raises, once some blob has no provider left: RefusedError if all refused, ChunkError
@@ -225,6 +108,8 @@ class BlobClient:
             providers,
             report,
             is_borrowed,
+            self._suspects,
+            self._now_s,
         )
         failure: BaseException | None = None
         try:
@@ -258,6 +143,8 @@ class _Fetch:
         providers: Sequence[Provider],
         report: Callable[[int], None],
         is_borrowed: bool,
+        suspects: Suspects,
+        now_s: Callable[[], float],
     ) -> None:
         self._transport = transport
         self._store = store
@@ -273,6 +160,8 @@ class _Fetch:
         """Bytes of each provider so far, over all streams: they share one link."""
         self._report = report
         self._is_borrowed = is_borrowed
+        self._suspects = suspects
+        self._now_s = now_s
         self._done_bytes = 0
 
     async def work(self, number: int) -> None:
@@ -287,10 +176,10 @@ class _Fetch:
                     stream = None
                 self._load[peer] += 1
                 try:
-                    async with self._judging(peer, ref):
+                    async with self._judging(peer, ref) as limit:
                         if stream is None:
                             stream = await self._open(peer)
-                        data = await self._exchange(stream, ref)
+                        data = await self._exchange(stream, ref, limit)
                         if data is not None:
                             await self._keep(peer, ref, data)
                             continue
@@ -312,6 +201,8 @@ class _Fetch:
         able = [p for p in self._providers if p not in self._dropped and p not in lacking]
         if not able:
             raise self._why(ref)
+        now_s = self._now_s()
+        able = [p for p in able if not self._suspects.has(p, now_s)] or able
         turn = number % len(able)
         current = None if stream is None else stream.peer
         return min(able[turn:] + able[:turn], key=lambda p: (self._load[p], p != current))
@@ -331,12 +222,12 @@ class _Fetch:
         self._report(self._done_bytes)
 
     @contextlib.asynccontextmanager
-    async def _judging(self, peer: PeerId, ref: BlobRef) -> AsyncIterator[None]:
+    async def _judging(self, peer: PeerId, ref: BlobRef) -> AsyncIterator[asyncio.Timeout]:
         """Bound the time of one request; whatever goes wrong in it costs `peer` its place."""
-        limit_s = timeout_s(ref.num_bytes)
+        limit_s = blob_protocol.timeout_s(ref.num_bytes)
         try:
-            async with asyncio.timeout(limit_s):
-                yield
+            async with asyncio.timeout(limit_s) as limit:
+                yield limit
         except TimeoutError:
             self._drop(peer, PeerLostError(peer, f"no blob in {limit_s:.0f} s"))
         except EndOfStream:
@@ -346,15 +237,17 @@ class _Fetch:
         except (PeerError, ChunkError) as error:
             self._drop(peer, error)
 
-    async def _exchange(self, stream: Stream, ref: BlobRef) -> bytearray | None:
+    async def _exchange(
+        self, stream: Stream, ref: BlobRef, limit: asyncio.Timeout
+    ) -> bytearray | None:
         request = {"job": self._job, "sha256": ref.sha256, "num_bytes": ref.num_bytes}
         await stream.send(msgpack.packb(request))
-        status = _unpack(await stream.receive()).get("status")
+        status = await _turn(stream, ref, limit)
         if status == "refused":
             raise RefusedError(stream.peer, f"we may not have blobs of job {self._job}")
         if status == "missing":
             return None
-        if status != "ok":
+        if status not in ("ok", "paced"):
             raise ProtocolError("blob answer has the wrong fields")
         first_s, before = 0.0, 0
         data = bytearray(ref.num_bytes)
@@ -366,11 +259,12 @@ class _Fetch:
             data[filled : filled + len(piece)] = piece
             self._arrived[stream.peer] += len(piece)
             if filled == 0:
-                first_s, before = time.monotonic(), self._arrived[stream.peer]
+                first_s, before = self._now_s(), self._arrived[stream.peer]
             filled += len(piece)
-        if ref.num_bytes > PIECE_BYTES:  # the link was busy from the first piece to the last
+        # Unless it is paced, the link was busy from the first piece to the last.
+        if status == "ok" and ref.num_bytes > PIECE_BYTES:
             self._on_transfer(
-                stream.peer, self._arrived[stream.peer] - before, time.monotonic() - first_s
+                stream.peer, self._arrived[stream.peer] - before, self._now_s() - first_s
             )
         return data
 
@@ -379,6 +273,8 @@ class _Fetch:
         if peer in self._dropped:
             return
         self._dropped[peer] = error
+        if isinstance(error, ChunkError):
+            self._suspects.charge(peer, self._now_s())
         names = {ChunkError: "bad_chunk", RefusedError: "refused"}
         self._on_count(names.get(type(error), "lost"), peer, 1)
 
@@ -394,6 +290,17 @@ class _Fetch:
             return ChunkError(f"cannot get {what}: {lacking} lack it; {story:.300}")
         lost = next(peer for peer, error in self._dropped.items() if error is errors[-1])
         return PeerLostError(lost, f"cannot get {what}: {story:.300}")
+
+
+async def _turn(stream: Stream, ref: BlobRef, limit: asyncio.Timeout) -> object:
+    """What the peer answers, after as much patience as it asks for and a peer may."""
+    for _ in range(blob_protocol.MAX_NOTICES):
+        status: object = blob_protocol.unpack(await stream.receive()).get("status")
+        if status != "wait":
+            return status
+        now_s = asyncio.get_running_loop().time()
+        limit.reschedule(now_s + blob_protocol.timeout_s(ref.num_bytes))
+    raise ProtocolError("the peer asks for patience without end")
 
 
 def _hash(data: bytearray) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.ledger import Ledger
+from swarmnode.coordinator.room import ROOM_S
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
 from swarmnode.domain import Generation, PeerId
@@ -67,8 +68,8 @@ class Coordinating:
         self._events: deque[on.Event] = deque()
         self._is_busy = False
         self._lines: dict[PeerId, _Line] = {}
-        self.gave_up = False
-        """The journal could not be written: the daemon must be started again."""
+        self._is_stuck = False
+        """The journal could not be written: the daemon begins anew when there is room."""
 
     def start(self) -> None:
         self._daemon.start(self._tick())
@@ -81,11 +82,11 @@ class Coordinating:
 
     @property
     def is_over(self) -> bool:
-        return self.gave_up or self.ledger.is_over
+        return self.ledger.is_over
 
     def _run(self) -> Script:
         ledger, world = self.ledger, self._daemon.world
-        while self._events and not self.is_over:
+        while self._events and not self._is_at_rest:
             event = self._events.popleft()
             before = (ledger.phase, ledger.generation)
             for effect in ledger.handle(event, world.now_s):
@@ -94,7 +95,7 @@ class Coordinating:
                         yield from self._write(record)
                     case _:
                         self._perform(effect)
-                if self.gave_up:
+                if self._is_stuck:
                     break
             if world.keeps_trace and (ledger.phase, ledger.generation) != before:
                 self._daemon.note(
@@ -104,8 +105,12 @@ class Coordinating:
         self._is_busy = False
         if ledger.successor is not None and ledger.manifest.submitter != self._daemon.name:
             self._daemon.machine.disk.remove(f"coordinating/{ledger.job}/job.json")
-        if self.is_over:
+        if self._is_at_rest:
             self._leave()
+
+    @property
+    def _is_at_rest(self) -> bool:
+        return self._is_stuck or self.is_over
 
     def _leave(self) -> None:
         for line in self._lines.values():
@@ -115,7 +120,7 @@ class Coordinating:
     def _tick(self) -> Script:
         daemon = self._daemon
         yield daemon.world.random.random() * 0.01
-        while not self.is_over:
+        while not self._is_at_rest:
             self.tell(on.PeersSeen(daemon.swarm.directory.peers()))
             self.tell(on.Tick())
             yield daemon.swarm.scenario.swarm.tick_s
@@ -128,11 +133,22 @@ class Coordinating:
         try:
             yield from self._journal.append(record)
         except OSError as error:
-            self.gave_up = True
+            self._is_stuck = True
+            self.ledger.phase, self.ledger.reason = "waiting", f"waits for room: {error}"
             daemon.note(f"journal: {error}")
+            daemon.start(self._go_on_later())
             return
         daemon.swarm.journaled(self.ledger.job, daemon.name, record)
         self._tell_voters()
+
+    def _go_on_later(self) -> Script:
+        """As `when_there_is_room`."""
+        daemon = self._daemon
+        yield ROOM_S
+        while daemon.machine.disk.is_full:
+            yield ROOM_S
+        daemon.note("there is room again")
+        daemon.coordinate(self.ledger.manifest)
 
     def _perform(self, effect: on.Effect) -> None:
         daemon = self._daemon

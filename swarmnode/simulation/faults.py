@@ -192,7 +192,6 @@ class Faults:
         def heal() -> None:
             disk.is_full = False
             self._swarm.disturbed(machine.name)
-            self._swarm.tend(machine)
 
         self._swarm.world.after(self._chance.choice(LENGTHS_S), None, heal)
 

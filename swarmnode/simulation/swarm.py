@@ -113,13 +113,6 @@ class Swarm:
         """Something happened to this machine: it cannot be blamed for a while."""
         self._disturbed_s[name] = self.world.now_s
 
-    def tend(self, machine: Machine) -> None:
-        """Somebody looks after a machine whose jobs gave up: its daemon is started again."""
-        daemon = self.daemons[machine.name]
-        if machine.runs and any(runner.gave_up for runner in daemon.runners.values()):
-            self.kill(machine, with_power=False)
-            self.world.after(1.0, None, lambda: None if machine.runs else self.boot(machine))
-
     def hit(self, name: str, kind: str) -> None:
         """A fault happens to this machine."""
         self.statistics.hit(name, kind, self.world.now_s)
@@ -174,7 +167,6 @@ class Swarm:
         return any(
             daemon.process.alive
             and (runner := daemon.runners.get(job)) is not None
-            and not runner.gave_up
             and runner.ledger.phase == "serving"
             for daemon in self.daemons.values()
         )

@@ -11,8 +11,9 @@ import pytest
 
 from swarmnode.coordinator.events import CommitRecord, Record
 from swarmnode.coordinator.journal import read_journal
+from swarmnode.http.api import JobView
 from swarmnode.tensorfiles import read_header
-from tests.chaos.trial import EVERY, Outcome, Trial, placings, suspend
+from tests.chaos.trial import EVERY, STEPS, Job, Outcome, Trial, placings, suspend, until
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 SMALL = "size=64m"
@@ -62,6 +63,42 @@ def test_a_full_disk_costs_nothing_but_its_node(trial: Trial, undisturbed: Outco
         said = [view["reason"] for view in placings(trial.node(0), job.name)]
         assert any("No space left" in reason for reason in said), said
         node.kill()
+
+
+def test_a_full_disk_of_the_coordinator_costs_nothing_and_heals_by_itself(
+    trial: Trial, undisturbed: Outcome
+) -> None:
+    """Another voter goes on meanwhile; with room again the first finds that out, not restarted."""
+    node = trial.node(0)
+    node.ask_to_stop()
+    assert node.wait_stopped(15) == 0, node.log_tail()
+    with small_disk(node.home):
+        trial.heal()
+        pid = node.client.node().pids["daemon"]
+        job = trial.submit("cramped")
+        before = job.reaches(4)
+        ballast = fill(node.home)
+        stuck = job.until(lambda view: view.phase == "waiting" and "room" in view.reason)
+        assert "No space left on device" in stuck.reason
+        assert stuck.step < STEPS
+        until(lambda: bool(ahead(job, before)), "somebody else goes on")
+        assert node.client.job(job.name).phase == "waiting"
+        ballast.unlink()
+        until(lambda: node.client.job(job.name).phase == "handed over", "it learns of the other")
+        assert node.client.node().pids["daemon"] == pid
+        assert job.outcome() == undisturbed
+        assert trial.fallen() == [], node.last_words()
+        node.kill()
+
+
+def ahead(job: Job, since: JobView) -> list[int]:
+    """Nodes but the first that coordinate the job and have committed more than it had."""
+    views = job.views()
+    return [
+        at
+        for at, view in views.items()
+        if at != 0 and view.generation > since.generation and view.step > since.step
+    ]
 
 
 def flip(path: Path, at: int) -> None:

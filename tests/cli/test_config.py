@@ -55,6 +55,11 @@ def test_memory_is_given_with_a_unit(tmp_path: Path, amount: str | int, num_byte
     assert load_config(tmp_path, memory_bytes=amount).memory_bytes == num_bytes
 
 
+def test_an_upload_is_limited_in_megabits_or_not_at_all(tmp_path: Path) -> None:
+    assert load_config(tmp_path).upload_bytes_per_s is None
+    assert load_config(tmp_path, upload_mbit=20).upload_bytes_per_s == 2.5e6
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -62,6 +67,7 @@ def test_memory_is_given_with_a_unit(tmp_path: Path, amount: str | int, num_byte
         ("http_port = 70000", "config.toml: http_port: "),
         ('device = "tpu"', "config.toml: device: "),
         ("memory_bytes = 0", "config.toml: memory_bytes: "),
+        ("upload_mbit = 0", "config.toml: upload_mbit: "),
         ('join = ["192.0.2.1:4001"]', "config.toml: join: '192.0.2.1:4001' is no address"),
         ('listen_host = "everywhere"', "config.toml: listen_host: 'everywhere' is no IP address"),
         ("lease_s = nan", "config.toml: lease_s: "),

@@ -9,8 +9,9 @@ from swarmnode.coordinator.retention import forget_replaced
 from swarmnode.coordinator.standby import StandbyJournals
 from swarmnode.coordinator.succession import Succession
 from swarmnode.domain import BlobRef, Generation, PeerId, Plan
+from swarmnode.p2p.blob_server import serve_blobs
 from swarmnode.p2p.blob_store import BlobStore, Range
-from swarmnode.p2p.blobs import BlobClient, serve_blobs
+from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.states import IndexedTensor, TensorIndex
 from swarmnode.papers import Papers

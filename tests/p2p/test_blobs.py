@@ -2,80 +2,22 @@
 
 import asyncio
 import itertools
-from collections import Counter
 from pathlib import Path
 
 import msgpack
 import pytest
+from blob_swarm import JOB, ME, OK, Swarm, contents, refs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmnode.domain import BlobRef, JobId, PeerId
 from swarmnode.errors import ChunkError, PeerLostError, RefusedError, SwarmError
-from swarmnode.p2p import blobs
-from swarmnode.p2p.blob_store import BlobStore, blob_path
-from swarmnode.p2p.blobs import BlobClient, Provider, serve_blobs
+from swarmnode.p2p import blob_protocol
+from swarmnode.p2p.blob_server import MAX_STREAMS_PER_PEER
+from swarmnode.p2p.blob_store import blob_path
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.wire import BLOB_PROTOCOL
-
-JOB = JobId("0123456789abcdef")
-ME = PeerId("me")
-
-
-class Counts:
-    """Sums what was counted, by event and peer."""
-
-    def __init__(self) -> None:
-        self.of: Counter[tuple[str, str]] = Counter()
-
-    def __call__(self, event: str, peer: PeerId, amount: int) -> None:
-        self.of[event, peer] += amount
-
-
-class Swarm:
-    """Some seeders on an in-memory network, and an empty store that fetches from them."""
-
-    def __init__(self, network: MemoryNetwork, folder: Path) -> None:
-        self.network = network
-        self.folder = folder
-        self.store = BlobStore(folder / "me")
-        self.served = Counts()
-        self.fetched = Counts()
-        self.client = BlobClient(network.transport(ME), self.store, self.fetched)
-
-    def seeder(self, name: str, contents: list[bytes], *, allow: bool = True) -> Provider:
-        transport = self.network.transport(PeerId(name))
-        store = BlobStore(self.folder / name)
-        for content in contents:
-            store.put(content)
-        serve_blobs(transport, store, lambda peer, job: allow and job == JOB, self.served)
-        return (transport.peer, transport.addresses)
-
-    def liar(self, name: str, *answers: bytes) -> Provider:
-        """A peer that answers every request with the same messages."""
-        transport = self.network.transport(PeerId(name))
-
-        async def handle(stream: Stream) -> None:
-            while True:
-                await stream.receive()
-                for answer in answers:
-                    await stream.send(answer)
-
-        transport.serve(BLOB_PROTOCOL, handle, max_message_bytes=1 << 20)
-        return (transport.peer, transport.addresses)
-
-
-def contents(num_blobs: int, num_bytes: int = 1000) -> list[bytes]:
-    return [bytes([number % 256]) * (num_bytes + number) for number in range(num_blobs)]
-
-
-def refs_of(data: list[bytes], folder: Path) -> list[BlobRef]:
-    store = BlobStore(folder / "reference")
-    return [store.put(content) for content in data]
-
-
-OK = msgpack.packb({"status": "ok"})
 
 
 async def test_one_blob_arrives_whole(tmp_path: Path) -> None:
@@ -278,8 +220,8 @@ async def test_a_seeder_with_a_corrupt_disk_says_so_and_drops_the_blob(tmp_path:
 async def test_a_silent_provider_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blobs, "MIN_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(blobs, "MIN_BYTES_PER_S", 1e9)
+    monkeypatch.setattr(blob_protocol, "MIN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(blob_protocol, "MIN_BYTES_PER_S", 1e9)
     async with MemoryNetwork() as network:
         swarm = Swarm(network, tmp_path)
         (ref,) = refs_of(contents(1), tmp_path)
@@ -364,13 +306,13 @@ async def test_a_peer_has_a_bounded_number_of_streams(tmp_path: Path) -> None:
         peer, addresses = swarm.seeder("a", [b"hello"])
         request = msgpack.packb({"job": JOB, "sha256": ref.sha256, "num_bytes": 5})
         streams = []
-        for _ in range(blobs.MAX_STREAMS_PER_PEER + 1):
+        for _ in range(MAX_STREAMS_PER_PEER + 1):
             streams.append(
                 await network.transport(ME).open(
                     peer, addresses, BLOB_PROTOCOL, max_message_bytes=1024
                 )
             )
-            if len(streams) <= blobs.MAX_STREAMS_PER_PEER:
+            if len(streams) <= MAX_STREAMS_PER_PEER:
                 await streams[-1].send(request)
                 assert await streams[-1].receive() == OK
         with pytest.raises((PeerLostError, EndOfStream)):

@@ -127,3 +127,29 @@ def test_after_a_restart_the_others_know_enough_to_take_over_still() -> None:
     while not any(known(name)[0] and known(name)[1] > 6 for name in others):
         assert world.now_s < died_s + 20, "nobody has taken over"
         world.step()
+
+
+def test_a_coordinator_whose_disk_was_full_goes_on_or_follows_without_a_restart() -> None:
+    swarm = Swarm(Scenario(name="full", jobs=(JobSection(steps=40),)), 0)
+    (job,) = swarm.manifests
+    first = swarm.manifests[job].submitter
+    daemon, disk = swarm.daemons[first], swarm.network.machines[first].disk
+
+    def until_phase(*phases: str, step: int = 0) -> None:
+        limit_s = swarm.world.now_s + 60.0
+        while (runner := daemon.runners.get(job)) is None or (
+            runner.ledger.phase not in phases or runner.ledger.step < step
+        ):
+            assert swarm.world.now_s < limit_s
+            swarm.world.step()
+
+    until_phase("training", step=3)
+    disk.is_full = True
+    until_phase("waiting")
+    assert "No space left" in daemon.runners[job].ledger.reason
+    disk.is_full = False
+    until_phase("training", "handed over", step=3)
+    while not swarm.is_done(job):
+        assert swarm.world.now_s < 600.0
+        swarm.world.step()
+    assert swarm.daemons[first] is daemon

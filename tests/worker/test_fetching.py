@@ -15,8 +15,9 @@ from swarmnode.errors import ChunkError, DataError, ProtocolError, RefusedError
 from swarmnode.messages import (
     Ready,
 )
+from swarmnode.p2p.blob_server import serve_blobs
 from swarmnode.p2p.blob_store import BlobStore
-from swarmnode.p2p.blobs import BlobClient, serve_blobs
+from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.states import TensorIndex
 from swarmnode.tensorfiles import read_header
