@@ -88,7 +88,7 @@ class Coordinating:
         while self._events and not self.is_over:
             event = self._events.popleft()
             before = (ledger.phase, ledger.generation)
-            for effect in ledger.handle(event, world.now_s):
+            for effect in ledger.handle(event, self._daemon.monotonic_s):
                 match effect:
                     case on.Write(record):
                         yield from self._write(record)
@@ -116,7 +116,7 @@ class Coordinating:
         daemon = self._daemon
         yield daemon.world.random.random() * 0.01
         while not self.is_over:
-            self.tell(on.PeersSeen(daemon.swarm.directory.peers()))
+            self.tell(on.PeersSeen(daemon.view.peers()))
             self.tell(on.Tick())
             yield daemon.swarm.scenario.swarm.tick_s
 

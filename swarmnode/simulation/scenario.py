@@ -12,6 +12,7 @@ from swarmnode.manifest import Section, check
 FaultKind = Literal[
     "kill", "power", "freeze", "partition", "one_way", "cut", "slow_network", "repeat", "corrupt",
     "full_disk", "slow_disk", "rot", "live_rot", "child", "leave", "join", "wipe",
+    "clock",
 ]  # fmt: skip
 MENDABLE: tuple[FaultKind, ...] = tuple(kind for kind in get_args(FaultKind) if kind != "live_rot")
 """What a job must survive. Nobody promises to find files that rot under a running daemon."""

@@ -52,7 +52,6 @@ class Swarm:
         self.manifests: dict[JobId, Manifest] = {}
         self._sections: dict[JobId, JobSection] = {}
         self._facts: dict[JobId, ModelFacts] = {}
-        self._incarnations: dict[str, int] = {}
         self._disturbed_s: dict[str, float] = {}
         self.statistics = Statistics()
         self.improve_share = 0.3 if scenario.faults is not None else 0.0
@@ -78,13 +77,9 @@ class Swarm:
     def boot(self, machine: Machine) -> None:
         """Start the daemon of a machine."""
         name = machine.name
-        self._incarnations[name] = self._incarnations.get(name, 0) + 1
         daemon = self.daemons[name] = Daemon(self, machine)
         self.directory.publish(
-            name,
-            flops=1e9 * machine.speed,
-            memory_bytes=self._memory_bytes(),
-            incarnation=self._incarnations[name],
+            machine, flops=1e9 * machine.speed, memory_bytes=self._memory_bytes()
         )
         self.disturbed(name)
         self.network.rebooted(machine)
@@ -123,7 +118,8 @@ class Swarm:
     def is_stable(self, name: str) -> bool:
         machine = self.network.machines[name]
         calm_s = self.world.now_s - self._disturbed_s[name]
-        return machine.runs and not machine.disk.is_damaged and calm_s > STABLE_S
+        is_whole = not machine.disk.is_damaged and not machine.clock_off_s
+        return machine.runs and is_whole and calm_s > STABLE_S
 
     def _memory_bytes(self) -> int:
         """Room for as many slots as the scenario says, of the job with the largest stages."""
