@@ -249,7 +249,7 @@ class Faults:
 
     def _leave(self, machine: Machine) -> None:
         """The machine says that it goes, goes a little later, and comes back."""
-        if not machine.runs or self._swarm.daemons[machine.name].coordinates():
+        if not machine.runs:
             return
         for hosting in self._swarm.daemons[machine.name].hostings.values():
             hosting.say_leaving()
@@ -273,7 +273,7 @@ class Faults:
     def _go(self, machine: Machine) -> None:
         availability, chance = self._swarm.scenario.availability, self._chance
         assert availability is not None
-        if not machine.runs or self._swarm.daemons[machine.name].coordinates():
+        if not machine.runs:
             self._stay(machine)
             return
         if chance.random() < availability.polite_share:

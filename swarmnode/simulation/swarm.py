@@ -53,6 +53,7 @@ class Swarm:
         self._sections: dict[JobId, JobSection] = {}
         self._facts: dict[JobId, ModelFacts] = {}
         self._disturbed_s: dict[str, float] = {}
+        self._commit_s: dict[JobId, float] = {}
         self.statistics = Statistics()
         self.improve_share = 0.3 if scenario.faults is not None else 0.0
         for _ in range(self.world.random.randint(*scenario.swarm.nodes)):
@@ -176,7 +177,10 @@ class Swarm:
     def journaled(self, job: JobId, who: str, record: on.Record) -> None:
         before = self.invariants.num_committed(job)
         self.invariants.journaled(job, who, record)
-        if isinstance(record, on.CommitRecord) and self.invariants.num_committed(job) > before:
+        if not isinstance(record, on.CommitRecord):
+            return
+        self._commit_s[job] = self.world.now_s
+        if self.invariants.num_committed(job) > before:
             self.statistics.committed(job, record, self.world.now_s)
 
     def begun(self, job: JobId, who: str, assign: Assign) -> None:
@@ -211,10 +215,37 @@ class Swarm:
         else:
             if scenario.duration_s is None:
                 raise Violation(self._why_not_done())
+            self._check_progress()
         self.statistics.ended(world.now_s, world.num_events, self.network.num_messages)
         return self.statistics
 
+    def _check_progress(self) -> None:
+        """Jobs go on, if those who were there all the while, with whole disks, have room for all,
+        and are a majority of the voters of each."""
+        scenario, now_s = self.scenario, self.world.now_s
+        stall_s = scenario.stall_s
+        there = [
+            name
+            for name, since_s in self._disturbed_s.items()
+            if now_s - since_s > stall_s
+            and (machine := self.network.machines[name]).runs
+            and not machine.disk.is_damaged
+        ]
+        needed = sum(job.stages * job.slots for job in scenario.jobs)
+        if len(there) * scenario.swarm.slots_per_node < needed:
+            return
+        for job in self.manifests:
+            idle_s = now_s - self._commit_s.get(job, 0.0)
+            is_able = self.invariants.is_majority(job, there)
+            if idle_s > stall_s and is_able and not self.is_done(job):
+                raise Violation(f"nothing was committed for {idle_s:.0f} s: {self._stand()}")
+
     def _why_not_done(self) -> str:
+        budget_s = self.scenario.budget_s
+        return f"not done {budget_s:.0f} s after the last fault: {self._stand()}"
+
+    def _stand(self) -> str:
+        """Where the jobs are that are not done."""
         texts = []
         for job in self.manifests:
             if self.is_done(job):
@@ -228,7 +259,7 @@ class Swarm:
                         f"job {job} ({committed} committed) is {ledger.phase} at {name}, "
                         f"generation {ledger.generation}: {ledger.reason}"
                     )
-        return f"not done {self.scenario.budget_s:.0f} s after the last fault: {'; '.join(texts)}"
+        return "; ".join(texts)
 
 
 def _facts(section: JobSection) -> ModelFacts:
