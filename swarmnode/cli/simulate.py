@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,20 +120,23 @@ def _summary(scenario: Scenario, outcomes: list[Outcome]) -> dict[str, object]:
 
 
 def _recoveries(jobs: list[JobOutcome]) -> dict[str, dict[str, float]]:
-    """By kind of fault: how many, and how long."""
+    """By kind of fault: how many, and how long; and how many of them are still open at the end."""
     by_kind: dict[str, list[float]] = {}
+    num_open = Counter(kind for job in jobs for kind, _ in job.open_hits)
     for job in jobs:
         for kind, seconds in job.recoveries:
             by_kind.setdefault(kind, []).append(seconds)
-    return {
-        kind: {
-            "count": len(found),
-            "p50_s": percentile(found, 0.5),
-            "p95_s": percentile(found, 0.95),
-            "max_s": max(found),
-        }
-        for kind, found in sorted(by_kind.items())
-    }
+    rows: dict[str, dict[str, float]] = {}
+    for kind in sorted({*by_kind, *num_open}):
+        found = by_kind.get(kind, [])
+        rows[kind] = {"count": len(found), "open": num_open[kind]}
+        if found:
+            rows[kind] |= {
+                "p50_s": percentile(found, 0.5),
+                "p95_s": percentile(found, 0.95),
+                "max_s": max(found),
+            }
+    return rows
 
 
 def _show(scenario: Scenario, outcomes: list[Outcome]) -> None:
@@ -165,8 +169,9 @@ def _jobs_table(jobs: tuple[JobOutcome, ...]) -> Table:
 
 
 def _recoveries_table(recoveries: dict[str, dict[str, float]]) -> Table:
-    table = Table("after", "recoveries", "p50", "p95", "longest")
+    table = Table("after", "recoveries", "open", "p50", "p95", "longest")
     for kind, found in recoveries.items():
-        spans = [f"{found[name]:.1f} s" for name in ("p50_s", "p95_s", "max_s")]
-        table.add_row(kind, str(int(found["count"])), *spans)
+        names = ("p50_s", "p95_s", "max_s")
+        spans = [f"{found[name]:.1f} s" if name in found else "-" for name in names]
+        table.add_row(kind, str(int(found["count"])), str(int(found["open"])), *spans)
     return table

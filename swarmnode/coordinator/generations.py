@@ -377,7 +377,8 @@ class Generations(Moves):
         """A worker cannot do its part: go on without it, unless nobody can."""
         self.pool.failed(peer, now_s, child_ended=child_ended)
         self.reason = f"{peer}: {reason}"
-        if self.pool.is_hopeless(patience.MAX_STRIKES):
+        workers = self.plan.workers() if self.plan is not None else ()
+        if self.pool.is_hopeless(patience.MAX_STRIKES, {*workers}):
             return self._end("failed", self.reason)
         return self._form(now_s)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from swarmnode.domain import Advert, PeerId
@@ -87,10 +87,11 @@ class Pool:
             self._strikes.pop(peer, None)
             self._failures.pop(peer, None)
 
-    def is_hopeless(self, num_strikes: int) -> bool:
-        """Whether everybody who is alive has failed at least so often."""
+    def is_hopeless(self, num_strikes: int, workers: Set[PeerId]) -> bool:
+        """Whether everybody who is alive has failed at least so often, and the plan's `workers`
+        too: a node that sees nobody, as its wall clock is wrong, must not judge by itself alone."""
         return bool(self._alive) and all(
-            self._failures[peer] >= num_strikes for peer in self._alive
+            self._failures[peer] >= num_strikes for peer in {*self._alive, *workers}
         )
 
     def usable(self, now_s: float) -> tuple[Advert, ...]:

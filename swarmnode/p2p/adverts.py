@@ -66,11 +66,16 @@ def decode(record: bytes, now_s: float, *, owner: str | None = None) -> Advert:
     (signed by another peer than `owner`), expired, lease (too far ahead).
     """
     advert = authenticate(record, owner=owner)
+    check_lease(advert, now_s)
+    return advert
+
+
+def check_lease(advert: Advert, now_s: float) -> None:
+    """Raises: BadAdvertError if the advert has ended at `now_s`, or ends too far ahead."""
     if advert.expires_at_s <= now_s:
         raise BadAdvertError("expired", f"{now_s - advert.expires_at_s:.1f} s ago")
     if advert.expires_at_s > now_s + MAX_LEASE_S + CLOCK_SLACK_S:
         raise BadAdvertError("lease", f"ends {advert.expires_at_s - now_s:.0f} s ahead")
-    return advert
 
 
 def authenticate(record: bytes, *, owner: str | None = None) -> Advert:

@@ -7,6 +7,7 @@ a stream, whichever is later. All times are wall clock, seconds since 1970.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from swarmnode.domain import Advert, PeerId
 from swarmnode.p2p.adverts import CLOCK_SLACK_S, MAX_LEASE_S, BadAdvertError, decode
@@ -58,12 +59,19 @@ class _Member:
     until_s: float
 
 
+class Decode(Protocol):
+    """Makes an advert of a record. Raises: BadAdvertError."""
+
+    def __call__(self, record: bytes, now_s: float, *, owner: str | None) -> Advert: ...
+
+
 class Membership:
     """Who is alive, with the newest advert of each; bad records are dropped and counted."""
 
-    def __init__(self, *, lease_s: float, max_peers: int = 4096) -> None:
+    def __init__(self, *, lease_s: float, max_peers: int = 4096, decode: Decode = decode) -> None:
         self._lease_s = lease_s
         self._max_peers = max_peers
+        self._decode = decode
         self._members: dict[PeerId, _Member] = {}
         self._former: dict[PeerId, tuple[int, float]] = {}
         """Incarnation of a lost peer, kept until all records of its earlier lives have ended."""
@@ -107,7 +115,7 @@ class Membership:
 
     def _take(self, subkey: str, record: bytes, now_s: float) -> list[Joined | Changed]:
         try:
-            advert = decode(record, now_s, owner=subkey)
+            advert = self._decode(record, now_s, owner=subkey)
         except BadAdvertError as error:
             self._dropped[error.reason] += 1
             return []

@@ -89,7 +89,7 @@ class Coordinating:
         while self._events and not self._is_at_rest:
             event = self._events.popleft()
             before = (ledger.phase, ledger.generation)
-            for effect in ledger.handle(event, world.now_s):
+            for effect in ledger.handle(event, self._daemon.monotonic_s):
                 match effect:
                     case on.Write(record):
                         yield from self._write(record)
@@ -121,7 +121,7 @@ class Coordinating:
         daemon = self._daemon
         yield daemon.world.random.random() * 0.01
         while not self._is_at_rest:
-            self.tell(on.PeersSeen(daemon.swarm.directory.peers()))
+            self.tell(on.PeersSeen(daemon.view.peers()))
             self.tell(on.Tick())
             yield daemon.swarm.scenario.swarm.tick_s
 

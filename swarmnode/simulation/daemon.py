@@ -16,6 +16,7 @@ from swarmnode.messages import (
 from swarmnode.simulation.blobs import ref_of
 from swarmnode.simulation.child import Child, Tell
 from swarmnode.simulation.coordinating import Coordinating
+from swarmnode.simulation.directory import View
 from swarmnode.simulation.hosting import Hosting
 from swarmnode.simulation.journals import SimJournal
 from swarmnode.simulation.keeping import SimStore
@@ -47,6 +48,7 @@ class Daemon:
         self.hostings: dict[JobId, Hosting] = {}
         self.runners: dict[JobId, Coordinating] = {}
         self.store = SimStore(machine.disk)
+        self.view = View(swarm.directory, machine)
         self.succession = SimSuccession(self)
         self._lanes: dict[tuple[JobId, str], _Lane] = {}
         self._joined: dict[JobId, int] = {}
@@ -66,6 +68,11 @@ class Daemon:
     def coordinates(self) -> bool:
         """Whether a job that is not over is coordinated here."""
         return any(not runner.is_over for runner in self.runners.values())
+
+    @property
+    def monotonic_s(self) -> float:
+        """The clock by which the daemon waits: it never jumps."""
+        return self.world.now_s
 
     def start(self, script: Script) -> None:
         self.world.start(self.process, script)
@@ -87,7 +94,7 @@ class Daemon:
         """Run a job from what its journal says."""
         journal = SimJournal(self.machine.disk, f"coordinating/{manifest.job}/journal")
         ledger = Ledger(
-            manifest, self.swarm.facts(manifest), PeerId(self.name), b"", self.world.now_s
+            manifest, self.swarm.facts(manifest), PeerId(self.name), b"", self.monotonic_s
         )
         ledger.restore([record for record in journal.found if self._is_readable(record)])
         self.swarm.invariants.restored(manifest.job, self.name, ledger.step)

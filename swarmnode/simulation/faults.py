@@ -14,6 +14,8 @@ RESTARTS_S = (0.2, 1.0, 3.0, 8.0)
 LENGTHS_S = (0.5, 2.0, 4.0, 7.0, 15.0)
 AT_COORDINATOR = 0.3
 """Share of faults that hit a machine that coordinates."""
+STAYS_WRONG = 0.5
+"""Share of clocks that never jump back, of those that may."""
 MOST_NODES = 6
 SAY_AGAIN_S = 1.0
 """As in worker.service."""
@@ -21,6 +23,8 @@ DRAIN_S = 20.0
 """Who leaves goes after so long, also where it was not let go."""
 PEACEFUL = frozenset({"leave", "join"})
 """Where nothing but these happens, everybody who leaves is let go within DRAIN_S."""
+CLOCK_JUMPS_S = (90.0, 420.0, 3600.0, 6 * 3600.0)
+"""Forward or back. Adverts of the first two are believed for a while, as they end within 600 s."""
 
 
 class Faults:
@@ -30,6 +34,7 @@ class Faults:
         self._swarm = swarm
         self._chance = swarm.world.random
         self._num_wiped = 0
+        self._stays_wrong = False
         section = swarm.scenario.faults
         self.last_s = 0.0 if section is None else section.last_s + max(LENGTHS_S)
         """By then everything that was broken is mended."""
@@ -205,6 +210,28 @@ class Faults:
 
         self._swarm.world.after(self._chance.choice(LENGTHS_S), None, heal)
 
+    def _clock(self, machine: Machine) -> None:
+        """The wall clock jumps, and later back; that of one machine, perhaps, never."""
+        jump_s = self._chance.choice(CLOCK_JUMPS_S) * self._chance.choice((-1.0, 1.0))
+
+        def turn(seconds: float) -> None:
+            self._swarm.world.tell(machine.name, f"its clock jumps by {seconds:+.0f} s")
+            self._swarm.directory.turn_clock(machine, seconds)
+            self._swarm.disturbed(machine.name)
+
+        self._tell(machine, "clock")
+        turn(jump_s)
+        if self._chance.random() < STAYS_WRONG and self._may_stay_wrong(machine):
+            self._stays_wrong = True
+        else:
+            self._swarm.world.after(self._chance.choice(LENGTHS_S), None, turn, -jump_s)
+
+    def _may_stay_wrong(self, machine: Machine) -> bool:
+        """Who sees nobody cannot begin a job, nor place it anew: not one that coordinates."""
+        swarm = self._swarm
+        has_begun = all(map(swarm.invariants.num_committed, swarm.manifests))
+        return has_begun and not self._stays_wrong and not swarm.daemons[machine.name].coordinates()
+
     def _rot(self, machine: Machine) -> None:
         """The power fails, and a bit flips in a state or a log; promises and journals stay."""
         if machine.runs:
@@ -228,9 +255,17 @@ class Faults:
                 hosting.work.crash()
 
     def _leave(self, machine: Machine) -> None:
-        """The machine says that it goes until it is let go, or for a while; it comes back."""
-        if machine.runs and not self._swarm.daemons[machine.name].coordinates():
-            self._drain(machine, self._swarm.daemons[machine.name], self._swarm.world.now_s)
+        """The machine says that it goes until it is let go, or for a while; it comes back.
+
+        Who coordinates just ends, but not where a leaver is to be let go by it in time.
+        """
+        if not machine.runs:
+            return
+        daemon, section = self._swarm.daemons[machine.name], self._swarm.scenario.faults
+        if not daemon.coordinates():
+            self._drain(machine, daemon, self._swarm.world.now_s)
+        elif section is None or not set(section.kinds) <= PEACEFUL:
+            self._end(machine, "leave", with_power=False, back_s=5.0)
 
     def _drain(self, machine: Machine, daemon: "Daemon", since_s: float) -> None:
         swarm, section = self._swarm, self._swarm.scenario.faults
@@ -264,7 +299,7 @@ class Faults:
     def _go(self, machine: Machine) -> None:
         availability, chance = self._swarm.scenario.availability, self._chance
         assert availability is not None
-        if not machine.runs or self._swarm.daemons[machine.name].coordinates():
+        if not machine.runs:
             self._stay(machine)
             return
         if chance.random() < availability.polite_share:

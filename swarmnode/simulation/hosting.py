@@ -269,5 +269,5 @@ class Hosting:
 
     def say_leaving(self) -> None:
         if not self.is_alone:
-            incarnation = self._daemon.swarm.incarnation(self._daemon.name)
+            incarnation = self._daemon.swarm.directory.incarnation(self._daemon.name)
             self._post(Leaving(self.manifest.job, self.tenancy.promised, incarnation))

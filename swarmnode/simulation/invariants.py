@@ -5,6 +5,7 @@ generation; each microbatch counts once; equal steps have equal states; nobody a
 fenced off; a commit is in a journal before anybody hears of it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from swarmnode.coordinator.events import CommitRecord, Record, StartedRecord
@@ -190,14 +191,21 @@ class Invariants:
     def has_majority_without(self, who: str) -> bool:
         """Whether the jobs can go on if this machine forgets its promises: of the voters of the
         last plan and of those before enough are left. Half of them are, with the coordinator."""
-        plans = [known.begun[max(known.begun)][1] for known in self._jobs.values() if known.begun]
-        for plan in plans:
-            for group in (plan.voters, plan.voters_before):
-                left = [voter for voter in group if voter != who]
-                wins_ties = left[:1] == [plan.coordinator] == list(group[:1])
-                if len(left) < len(group) and 2 * len(left) + wins_ties <= len(group):
-                    return False
-        return True
+        others = {voter for plan in self._plans() for voter in (*plan.voters, *plan.voters_before)}
+        return all(_is_majority(plan, others - {who}) for plan in self._plans())
+
+    def is_majority(self, job: JobId, there: Collection[str]) -> bool:
+        """Whether those who are there can begin the next generation of a job: enough voters of
+        its last plan and of those before."""
+        return all(_is_majority(plan, there) for plan in self._plans(job))
+
+    def _plans(self, of: JobId | None = None) -> list[Plan]:
+        """The last plan of each job that has begun, or of one."""
+        return [
+            known.begun[max(known.begun)][1]
+            for job, known in self._jobs.items()
+            if known.begun and of in (None, job)
+        ]
 
     def wiped(self, who: str) -> None:
         """A machine has lost its disk, and so its promises."""
@@ -205,3 +213,13 @@ class Invariants:
             known.promised.pop(who, None)
             known.journals.pop(who, None)
             known.writing.pop(who, None)
+
+
+def _is_majority(plan: Plan, there: Collection[str]) -> bool:
+    """Whether enough of both groups of a plan's voters are there; an empty group needs nobody."""
+    for group in (plan.voters, plan.voters_before):
+        left = [voter for voter in group if voter in there]
+        wins_ties = left[:1] == [plan.coordinator] == list(group[:1])
+        if group and 2 * len(left) + wins_ties <= len(group):
+            return False
+    return True

@@ -44,6 +44,8 @@ class Machine:
     """The listening daemon's; None while none runs."""
     speed: float = 1.0
     """Of its computing, relative to the scenario's."""
+    clock_off_s: float = 0.0
+    """How much more than the right time its wall clock shows. Its monotonic clock never jumps."""
 
     @property
     def runs(self) -> bool:

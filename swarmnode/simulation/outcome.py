@@ -25,6 +25,8 @@ class JobOutcome:
     """Committed steps for each that there was time for."""
     recoveries: tuple[tuple[str, float], ...]
     """(kind of fault, seconds to the next commit)."""
+    open_hits: tuple[tuple[str, float], ...]
+    """(kind of fault, seconds to the end), of a job that was not done and had not recovered."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def run_seed(
             place = place.tb_next
         where = f"{place.tb_frame.f_code.co_qualname}:{place.tb_lineno}" if place else "?"
         violation = f"{type(error).__name__} in {where}: {error}"
-    statistics = swarm.statistics
+    statistics, now_s = swarm.statistics, swarm.world.now_s
     jobs = tuple(
         JobOutcome(
             name=manifest.name,
@@ -71,13 +73,15 @@ def run_seed(
             generations=known.num_generations,
             takeovers=known.num_takeovers,
             step_s=known.step_s,
-            goodput=known.goodput(swarm.world.now_s),
+            goodput=known.goodput(now_s, is_done=is_done),
             recoveries=tuple(known.recoveries),
+            open_hits=() if is_done else tuple(known.open_hits(now_s)),
         )
         for job, manifest in swarm.manifests.items()
-        if (known := statistics.of(job)) is not None
+        for known in (statistics.of(job),)
+        for is_done in (swarm.invariants.num_committed(job) >= manifest.num_steps,)
     )
     return Outcome(
-        seed, violation, swarm.world.now_s, swarm.world.num_events,
+        seed, violation, now_s, swarm.world.num_events,
         swarm.network.num_messages, swarm.invariants.num_checks, jobs, tuple(swarm.world.trace),
     )  # fmt: skip

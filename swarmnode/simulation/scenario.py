@@ -12,6 +12,7 @@ from swarmnode.manifest import Section, check
 FaultKind = Literal[
     "kill", "power", "freeze", "partition", "one_way", "cut", "slow_network", "repeat", "corrupt",
     "full_disk", "slow_disk", "rot", "live_rot", "child", "leave", "join", "wipe",
+    "clock",
 ]  # fmt: skip
 MENDABLE: tuple[FaultKind, ...] = tuple(kind for kind in get_args(FaultKind) if kind != "live_rot")
 """What a job must survive. Nobody promises to find files that rot under a running daemon."""
@@ -91,6 +92,9 @@ class Scenario(Section):
     """One line for people."""
     duration_s: float | None = Field(default=None, gt=0)
     """The run ends then, done or not; without it, when the jobs are done."""
+    stall_s: float = Field(default=1800.0, gt=0)
+    """With `duration_s`: every job that is not done must have committed a step in the last so many
+    seconds, if machines enough for all jobs were there all the while."""
     budget_s: float = Field(default=600.0, gt=0)
     """Without `duration_s`: jobs must be done so long after the last fault."""
     swarm: SwarmSection = SwarmSection()

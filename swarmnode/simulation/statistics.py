@@ -54,12 +54,21 @@ class JobStatistics:
         """What a step takes where nothing goes wrong."""
         return median(self._intervals_s) if self._intervals_s else None
 
-    def goodput(self, now_s: float) -> float | None:
-        """Committed steps for each step that there was time for."""
-        last_s = self._last[1] if self._last is not None else now_s
-        if self.step_s is None or last_s <= self._first_s:
+    def goodput(self, now_s: float, *, is_done: bool) -> float | None:
+        """Committed steps for each step that there was time for, up to the last commit of a job
+        that is done, and else up to now. None: it never began, or no step was undisturbed."""
+        until_s = self._last[1] if self._last is not None and is_done else now_s
+        if self._plan is None or until_s <= self._first_s:
             return None
-        return self.num_committed * self.step_s / (last_s - self._first_s)
+        if self.num_committed == 0:
+            return 0.0
+        if self.step_s is None:
+            return None
+        return self.num_committed * self.step_s / (until_s - self._first_s)
+
+    def open_hits(self, now_s: float) -> list[tuple[str, float]]:
+        """Faults without a whole step or a recovery since: (kind, seconds until now)."""
+        return [(kind, now_s - hit_s) for kind, hit_s, _ in self._hits]
 
 
 @dataclass

@@ -52,8 +52,8 @@ class Swarm:
         self.manifests: dict[JobId, Manifest] = {}
         self._sections: dict[JobId, JobSection] = {}
         self._facts: dict[JobId, ModelFacts] = {}
-        self._incarnations: dict[str, int] = {}
         self._disturbed_s: dict[str, float] = {}
+        self._commit_s: dict[JobId, float] = {}
         self.statistics = Statistics()
         self.improve_share = 0.3 if scenario.faults is not None else 0.0
         for _ in range(self.world.random.randint(*scenario.swarm.nodes)):
@@ -78,13 +78,9 @@ class Swarm:
     def boot(self, machine: Machine) -> None:
         """Start the daemon of a machine."""
         name = machine.name
-        self._incarnations[name] = self._incarnations.get(name, 0) + 1
         daemon = self.daemons[name] = Daemon(self, machine)
         self.directory.publish(
-            name,
-            flops=1e9 * machine.speed,
-            memory_bytes=self._memory_bytes(),
-            incarnation=self._incarnations[name],
+            machine, flops=1e9 * machine.speed, memory_bytes=self._memory_bytes()
         )
         self.disturbed(name)
         self.network.rebooted(machine)
@@ -105,10 +101,6 @@ class Swarm:
         self.directory.pause(machine.name)
         self.disturbed(machine.name)
 
-    def incarnation(self, name: str) -> int:
-        """Of the life of a machine's daemon that is its last so far."""
-        return self._incarnations[name]
-
     def disturbed(self, name: str) -> None:
         """Something happened to this machine: it cannot be blamed for a while."""
         self._disturbed_s[name] = self.world.now_s
@@ -120,7 +112,8 @@ class Swarm:
     def is_stable(self, name: str) -> bool:
         machine = self.network.machines[name]
         calm_s = self.world.now_s - self._disturbed_s[name]
-        return machine.runs and not machine.disk.is_damaged and calm_s > STABLE_S
+        is_whole = not machine.disk.is_damaged and not machine.clock_off_s
+        return machine.runs and is_whole and calm_s > STABLE_S
 
     def _memory_bytes(self) -> int:
         """Room for as many slots as the scenario says, of the job with the largest stages."""
@@ -176,7 +169,10 @@ class Swarm:
     def journaled(self, job: JobId, who: str, record: on.Record) -> None:
         before = self.invariants.num_committed(job)
         self.invariants.journaled(job, who, record)
-        if isinstance(record, on.CommitRecord) and self.invariants.num_committed(job) > before:
+        if not isinstance(record, on.CommitRecord):
+            return
+        self._commit_s[job] = self.world.now_s
+        if self.invariants.num_committed(job) > before:
             self.statistics.committed(job, record, self.world.now_s)
 
     def begun(self, job: JobId, who: str, assign: Assign) -> None:
@@ -211,10 +207,37 @@ class Swarm:
         else:
             if scenario.duration_s is None:
                 raise Violation(self._why_not_done())
+            self._check_progress()
         self.statistics.ended(world.now_s, world.num_events, self.network.num_messages)
         return self.statistics
 
+    def _check_progress(self) -> None:
+        """Jobs go on, if those who were there all the while, with whole disks, have room for all,
+        and are a majority of the voters of each."""
+        scenario, now_s = self.scenario, self.world.now_s
+        stall_s = scenario.stall_s
+        there = [
+            name
+            for name, since_s in self._disturbed_s.items()
+            if now_s - since_s > stall_s
+            and (machine := self.network.machines[name]).runs
+            and not machine.disk.is_damaged
+        ]
+        needed = sum(job.stages * job.slots for job in scenario.jobs)
+        if len(there) * scenario.swarm.slots_per_node < needed:
+            return
+        for job in self.manifests:
+            idle_s = now_s - self._commit_s.get(job, 0.0)
+            is_able = self.invariants.is_majority(job, there)
+            if idle_s > stall_s and is_able and not self.is_done(job):
+                raise Violation(f"nothing was committed for {idle_s:.0f} s: {self._stand()}")
+
     def _why_not_done(self) -> str:
+        budget_s = self.scenario.budget_s
+        return f"not done {budget_s:.0f} s after the last fault: {self._stand()}"
+
+    def _stand(self) -> str:
+        """Where the jobs are that are not done."""
         texts = []
         for job in self.manifests:
             if self.is_done(job):
@@ -228,7 +251,7 @@ class Swarm:
                         f"job {job} ({committed} committed) is {ledger.phase} at {name}, "
                         f"generation {ledger.generation}: {ledger.reason}"
                     )
-        return f"not done {self.scenario.budget_s:.0f} s after the last fault: {'; '.join(texts)}"
+        return "; ".join(texts)
 
 
 def _facts(section: JobSection) -> ModelFacts:

@@ -14,14 +14,25 @@ def test_a_peer_that_was_only_lost_leaves_hope_and_one_that_failed_does_not() ->
     pool.see([advert("a")], 0.0)
     for now_s in (1.0, 2.0, 3.0):
         pool.bar(A, now_s)
-    assert not pool.is_hopeless(2)
+    assert not pool.is_hopeless(2, {A})
     pool.failed(A, 4.0)
-    assert not pool.is_hopeless(2)
+    assert not pool.is_hopeless(2, {A})
     pool.failed(A, 5.0)
-    assert pool.is_hopeless(2)
+    assert pool.is_hopeless(2, {A})
     assert pool.usable(5.0) == ()
     pool.forgive([A])
-    assert not pool.is_hopeless(2)
+    assert not pool.is_hopeless(2, {A})
+
+
+def test_who_sees_nobody_else_does_not_give_the_job_up_for_the_other_workers() -> None:
+    """A coordinator's wall clock had jumped: all leases but its own had ended, and its own child
+    failed twice (simulation, seed 257 of more clocks than faults.toml has)."""
+    pool = Pool()
+    pool.see([advert("a")], 0.0)
+    for now_s in (1.0, 2.0):
+        pool.failed(A, now_s)
+    assert not pool.is_hopeless(2, {A, PeerId("b")})
+    assert pool.is_hopeless(2, {A}), "the plan was for this one alone"
 
 
 def test_a_peer_whose_child_ended_may_try_again_at_once_but_not_twice() -> None:

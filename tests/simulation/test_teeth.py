@@ -22,21 +22,30 @@ from swarmnode.messages import (
 )
 from swarmnode.simulation.child import Child
 from swarmnode.simulation.computing import StageState, ToyReduction
+from swarmnode.simulation.daemon import Daemon
 from swarmnode.simulation.outcome import run_seed
+from swarmnode.simulation.scenario import FaultSection, Scenario
 from swarmnode.worker.engine.ports import Payload
 from swarmnode.worker.engine.steps import Steps, _Run
 from swarmnode.worker.tenancy import Tenancy
 from tests.simulation.scenarios import FAULTS, PEACE, first_violation
 
 MOST_SEEDS = 200
+CLOCKS = Scenario(
+    name="clocks",
+    swarm=FAULTS.swarm,
+    jobs=(FAULTS.jobs[0].model_copy(update={"steps": 40}),),
+    faults=FaultSection(kinds=("clock", "clock", "kill", "partition"), every_s=2.0, most_wiped=1),
+)
+"""A job that takes long enough for several jumps at its coordinator."""
 
 
-def shown(monkeypatch: pytest.MonkeyPatch) -> str:
+def shown(monkeypatch: pytest.MonkeyPatch, scenario: Scenario = FAULTS) -> str:
     """What the first seed shows with the safeguard taken out; with it, the same seed is fine."""
-    found = first_violation(FAULTS, MOST_SEEDS)
+    found = first_violation(scenario, MOST_SEEDS)
     monkeypatch.undo()
     assert found is not None
-    assert run_seed(FAULTS, found.seed).violation == ""
+    assert run_seed(scenario, found.seed).violation == ""
     return found.violation
 
 
@@ -143,6 +152,14 @@ def test_frames_that_come_again_are_taken_again(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Steps, "_accept", accept)
     assert shown(monkeypatch)
+
+
+def test_patience_goes_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wall_s(self: Daemon) -> float:
+        return self.swarm.directory.wall_s(self.machine)
+
+    monkeypatch.setattr(Daemon, "monotonic_s", property(wall_s))
+    assert "not done" in shown(monkeypatch, CLOCKS)
 
 
 def test_commits_are_told_before_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:

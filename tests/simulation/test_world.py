@@ -8,6 +8,7 @@ import pytest
 from swarmnode.coordinator.events import CommitRecord
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.messages import Message, Ping, Ready
+from swarmnode.simulation.directory import Directory, View
 from swarmnode.simulation.disk import Disk
 from swarmnode.simulation.history import History
 from swarmnode.simulation.invariants import Invariants, Violation
@@ -95,6 +96,35 @@ def test_a_stream_keeps_its_order_whatever_the_delays() -> None:
         a.ends[0].send(ping(str(number)))
     run(world, 3.0)
     assert [text for _, text in b.heard] == [str(number) for number in range(50)]
+
+
+def test_adverts_are_believed_by_the_wall_clock_of_whoever_reads_them() -> None:
+    world = World(0)
+    directory, machines = Directory(world, lease_s=12.0), [Machine(name) for name in "abc"]
+    for machine in machines:
+        directory.publish(machine, flops=1e9, memory_bytes=1)
+    views = [View(directory, machine) for machine in machines]
+    a, b, _ = machines
+
+    def seen() -> list[str]:
+        return ["".join(advert.peer for advert in view.peers()) for view in views]
+
+    assert seen() == ["abc"] * 3
+    directory.turn_clock(a, 3600.0)
+    run(world, 5.0)
+    assert seen() == ["a", "abc", "abc"], "all leases have ended but its own; its last one is left"
+    run(world, 20.0)
+    assert seen() == ["a", "bc", "bc"], "what ends in an hour is not believed"
+    directory.turn_clock(a, -3600.0)
+    run(world, 40.0)
+    assert seen() == ["abc"] * 3
+    directory.turn_clock(b, 300.0)
+    run(world, 50.0)
+    directory.pause("b")
+    run(world, 200.0)
+    assert seen()[::2] == ["abc"] * 2, "a lease too long, but not too long to be believed"
+    run(world, 400.0)
+    assert seen()[::2] == ["ac"] * 2
 
 
 def test_what_is_sent_into_a_partition_arrives_when_it_heals_soon() -> None:
