@@ -54,7 +54,8 @@ class StandbyJournals:
             path.parent.mkdir(parents=True, exist_ok=True)
             again.unlink(missing_ok=True)
             self._counts[again] = self._lengths[again] = 0
-        target = again if again.exists() or number == 0 else path
+        is_again = number == 0 or (again.exists() and number == self._count(again))
+        target = again if is_again else path  # the first copy goes on if line 0 only came twice
         if number != self._count(target):
             return []
         with target.open("ab") as file:

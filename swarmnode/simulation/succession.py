@@ -40,7 +40,8 @@ class SimStandby:
         if number == 0:
             disk.remove(again)
             self._counts[again] = 0
-        target = again if again in disk or number == 0 else path
+        is_again = number == 0 or (again in disk and number == self._count(again))
+        target = again if is_again else path
         if number != self._count(target):
             return []
         disk.append(target, lines)

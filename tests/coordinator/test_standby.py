@@ -69,6 +69,16 @@ def test_a_journal_that_is_told_again_replaces_the_old_one_only_once_it_is_as_lo
     assert losses_of(standby) == [4.0, 3.0, 2.0, 1.0]
 
 
+def test_first_lines_that_come_twice_do_not_keep_out_those_that_follow(tmp_path: Path) -> None:
+    standby = StandbyJournals(tmp_path / "standby")
+    lines = lines_of(tmp_path / "journal", [4.0, 3.0, 2.0, 1.0])
+    standby.take(JOB, 0, lines[0])
+    standby.take(JOB, 1, lines[1])
+    standby.take(JOB, 0, lines[0])
+    assert len(standby.take(JOB, 2, lines[2] + lines[3])) == 2
+    assert losses_of(standby) == [4.0, 3.0, 2.0, 1.0]
+
+
 def test_a_long_copy_is_folded_at_a_checkpoint_and_counts_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
