@@ -12,7 +12,7 @@ LINE_BPS = 100e6
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One curve a row of the first seed.
+    """One curve a row of the first seed, from the first evaluation after the start.
 
     Seconds: what computing and coding took (the slots in turn, so over their number), and the
     bytes sent, as if each slot had a line of 100 Mbit/s and nothing overlapped.
@@ -26,7 +26,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         if row["seed"] != first:
             continue
         num_steps = row["plan"]["num_steps"]
-        at, losses = zip(*row["curve"], strict=True)
+        at, losses = zip(*row["curve"][1:], strict=True)
         share = [step / num_steps for step in at]
         own_s = (row["compute_cpu_s"] + row["sync_cpu_s"]) / row["num_slots"]
         line_s = 8 * row["up_bytes"] / LINE_BPS
