@@ -112,6 +112,8 @@ class Generations(Moves):
                 for peer in patience.silent(self.plan.workers(), self._placed):
                     self.pool.bar(peer, now_s)
             return self._failed_once(now_s)
+        if self._sends_straggler_away(now_s):
+            return self._form(now_s)
         return self._second_holders(now_s) + self.look_for_better(now_s)
 
     def _on_broken_link(self, now_s: float) -> list[Effect]:
@@ -339,6 +341,7 @@ class Generations(Moves):
         self._hashes.clear()
         self.outlook.measured.disturbed()
         self.replanning.placed(now_s)
+        self.stragglers.placed()
         self._moved_s = now_s
         self._publications.give_up_unanswered()
         return effects

@@ -12,6 +12,7 @@ from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.recovery import CommitLog, origin, snapshot_every
 from swarmnode.coordinator.replanning import Replanning
 from swarmnode.coordinator.solver.decision import decision_of
+from swarmnode.coordinator.stragglers import Stragglers
 from swarmnode.coordinator.votes import mean_loss
 from swarmnode.domain import Generation, ModelFacts, PeerId, Plan, SlotId
 from swarmnode.manifest import Manifest
@@ -44,6 +45,7 @@ class JobState:
         self.progress = Progress(manifest, now_s)
         self.outlook = Outlook(facts, manifest, me)
         self.replanning = Replanning(now_s)
+        self.stragglers = Stragglers()
         levels = levels_of(manifest.codecs)
         self.link_codecs = LinkCodecs(levels if manifest.follows_links else levels[:1])
         self.successor: PeerId | None = None
@@ -89,6 +91,7 @@ class JobState:
         self.progress.committed(record.step, record.loss, now_s)
         self.pool.forgive(self.plan.workers())
         self.outlook.step_done(self.plan)
+        self.stragglers.committed(now_s)
         self._look_at_links(self.plan, now_s)
         self.reason = ""
 
@@ -119,6 +122,7 @@ class JobState:
         """What a worker has sent, computed and measured."""
         self.progress.traffic(peer, traffic)
         self.outlook.measured.busy(peer, traffic.compute_s)
+        self.stragglers.computed(peer, traffic.compute_s)
         self.outlook.measured.linked(peer, traffic.links)
 
     def look_for_better(self, now_s: float) -> list[on.Effect]:

@@ -153,6 +153,7 @@ class Ledger(Generations):
             return effects
         if self._is_time_to_move(now_s):
             return effects + self._form(now_s)
+        self.stragglers.begins(now_s)
         return effects + self._to_all(Begin(self.job, self.generation, self.step))
 
     def _to_all(self, message: Begin | Commit) -> list[Effect]:

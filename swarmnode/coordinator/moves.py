@@ -8,7 +8,9 @@ from swarmnode.coordinator.job_state import JobState
 from swarmnode.coordinator.preparing import Preparing
 from swarmnode.coordinator.shadows import choose_shadows
 from swarmnode.coordinator.solver.decision import Decision, decision_of
+from swarmnode.coordinator.solver.fill import solve
 from swarmnode.domain import ModelFacts, PeerId, Plan
+from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
 
 
@@ -68,6 +70,25 @@ class Moves(JobState):
             return []
         self.replanning.insist(decision)
         return self._prepare(decision, plan, now_s)
+
+    def _sends_straggler_away(self, now_s: float) -> bool:
+        """Whether one worker alone makes the step late, and others can do without it: its slots
+        are to begin the step again elsewhere."""
+        plan = self.plan
+        if plan is None or self.phase != "training":
+            return False
+        peer = self.stragglers.find(plan.workers(), now_s)
+        others = [advert for advert in self.pool.usable(now_s) if advert.peer != peer]
+        if peer is None or peer == self.me or not others:
+            return False
+        try:
+            solve(others, self.facts, self.manifest, previous=plan)
+        except CapacityError:
+            return False
+        self.stragglers.sent_away(peer, now_s)
+        self.pool.bar(peer, now_s)
+        self.reason = f"{peer} computes far longer than usual; its slots go to others"
+        return True
 
     def _is_time_to_move(self, now_s: float) -> bool:
         """At a step boundary: whether to go over to another placement now."""
