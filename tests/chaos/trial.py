@@ -208,13 +208,20 @@ class Job:
         return view
 
     def goes_on(self, since: JobView) -> JobView:
-        """The view as soon as a later generation has committed a step, or serves."""
-        return self.until(
-            lambda view: (
-                view.generation > since.generation
-                and (view.step > since.step or view.phase == "serving")
-            )
-        )
+        """The view as soon as a later generation has committed a step, or serves.
+
+        What the one before committed since `since` does not count: a step is the later one's own
+        if that was seen without it.
+        """
+        begun: dict[int, int] = {}
+
+        def holds(view: JobView) -> bool:
+            if view.generation <= since.generation:
+                return False
+            first = begun.setdefault(view.generation, view.step)
+            return view.step > max(first, since.step) or view.phase == "serving"
+
+        return self.until(holds)
 
     def hosts(self, view: JobView) -> list[set[int]]:
         """Who hosts a slot of each stage."""
