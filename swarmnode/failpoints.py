@@ -2,7 +2,9 @@
 
 SWARMNODE_FAILPOINT="name" or "name:step" arms one; SWARMNODE_FAILPOINT_ONCE names a file that is
 made when it is hit, and that keeps it from being hit again. SWARMNODE_FAILPOINT="@file" arms what
-the file says once it is there; it is removed when it is hit. Unarmed, a place costs one comparison.
+the file says once it is there; it is removed when it is hit. Where files of several processes are
+links to one, that one is removed: whoever comes first dies, and nobody else. Unarmed, a place costs
+one comparison.
 """
 
 import contextlib
@@ -35,7 +37,7 @@ def _is_first() -> bool:
     marker = os.environ.get("SWARMNODE_FAILPOINT_ONCE")
     try:
         if _ARMED.startswith("@"):
-            Path(_ARMED[1:]).unlink()
+            Path(_ARMED[1:]).resolve(strict=True).unlink()
         elif marker is not None:
             Path(marker).touch(exist_ok=False)
     except (FileExistsError, FileNotFoundError):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from swarmnode.coordinator.journal import read_journal
 from swarmnode.http.api import JobView
 from swarmnode.tensorfiles import read_header
 from tests.chaos.trial import EVERY, STEPS, Job, Outcome, Trial, placings, suspend, until
+from tests.tmpfs import fill, tmpfs
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
-SMALL = "size=64m"
+SMALL = "64m"
 
 
 @contextlib.contextmanager
@@ -24,27 +24,10 @@ def small_disk(home: Path) -> Iterator[None]:
     """Put the home of a node that is down on a disk of its own, with all that is in it."""
     copy = home.with_name(home.name + ".copy")
     shutil.copytree(home, copy)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", SMALL, "tmpfs", str(home)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"mount is not permitted here: {mounted.stderr.decode().strip()}")
-    try:
+    with tmpfs(home, SMALL, is_lazy=True):
         shutil.copytree(copy, home, dirs_exist_ok=True)
         home.chmod(0o700)
         yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(home)], check=True)
-
-
-def fill(home: Path) -> Path:
-    """Leave no byte free; the file that took them all."""
-    ballast = home / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 12))
-    assert os.statvfs(home).f_bavail == 0
-    return ballast
 
 
 def test_a_full_disk_costs_nothing_but_its_node(trial: Trial, undisturbed: Outcome) -> None:

@@ -73,29 +73,36 @@ class Trial:
 
     def start(self, indices: Iterable[int]) -> None:
         """Start nodes that are dead, together; returns when they answer."""
-        starting = [self.node(index) for index in indices]
+        starting = list(indices)
+        self.spawn(starting)
+        for index in starting:
+            until(self.node(index).is_ready, f"node {index} is ready")
+
+    def spawn(self, indices: Iterable[int]) -> None:
+        """Start nodes that are dead; what is armed may kill them before they answer."""
         joins = self._joins()
-        for node in starting:
-            node.spawn(*joins)
-        for node in starting:
-            until(node.is_ready, f"node {node.index} is ready")
+        for index in indices:
+            self.node(index).spawn(*joins)
 
     def arm(self, index: int, place: str) -> None:
         """From now on the node, or a child of it, dies once at `place`."""
-        armed = failpoint(self.node(index))
-        draft = armed.with_suffix(".draft")
-        draft.write_text(place, encoding="utf-8")
-        draft.replace(armed)
+        _write(failpoint(self.node(index)), place)
 
-    def arm_all(self, place: str) -> None:
-        """From now on whoever comes to `place` first dies there, and then nobody else: `disarm`."""
+    def arm_first(self, place: str) -> None:
+        """From now on the first daemon or child of any node that comes to `place` dies there, and
+        then `was_hit` says so of every node."""
+        armed = self.node(0).home.with_name("first.failpoint")
+        _write(armed, place)
         for node in self.swarm.nodes:
-            self.arm(node.index, place)
+            failpoint(node).unlink(missing_ok=True)
+            failpoint(node).symlink_to(armed)
 
     def disarm(self) -> None:
         """Nobody is to die any more."""
         for node in self.swarm.nodes:
-            failpoint(node).unlink(missing_ok=True)
+            armed = failpoint(node)
+            armed.resolve().unlink(missing_ok=True)
+            armed.unlink(missing_ok=True)
 
     def was_hit(self, index: int) -> bool:
         """Whether what was armed has killed somebody."""
@@ -141,6 +148,13 @@ def tiny_job(text: Path, name: str, seed: int = SEED) -> dict[str, Any]:
     run = {"steps": STEPS, "seed": seed, "deterministic": True, "checkpoint_every": EVERY}
     batch = {"rows": 1, "sequence_length": 32}
     return job_file(text, name, model={"config": TINY}, batch=batch, placement=GRID, run=run)
+
+
+def _write(armed: Path, place: str) -> None:
+    """In one piece: whoever reads it finds all of it, or nothing."""
+    draft = armed.with_suffix(".draft")
+    draft.write_text(place, encoding="utf-8")
+    draft.replace(armed)
 
 
 def suspend(node: LocalNode) -> list[psutil.Process]:

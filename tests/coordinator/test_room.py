@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import errno
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.switch import Switch
 from swarmnode.tokenizer import write_byte_tokenizer
 from tests.coordinator.bench import FACTS, manifest
+from tests.tmpfs import fill, tmpfs
 
 WHY = "because " * 1000
 """Longer than what is left of the journal's last page, which a full tmpfs still takes."""
@@ -38,25 +37,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for 4 MiB, where this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Leave no page free; the file that took them all."""
-    ballast = disk / "ballast"
-    with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 12))
-    assert os.statvfs(disk).f_bavail == 0
-    return ballast
+    with tmpfs(folder, "4m"):
+        yield folder
 
 
 @dataclass

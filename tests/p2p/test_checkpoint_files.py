@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from swarmnode.p2p.blob_store import BlobStore, blob_path
 from swarmnode.p2p.checkpoint_files import Shelf, audit_folder, audit_shelf, write_folder
 from swarmnode.p2p.checkpoints import Checkpoint
 from swarmnode.p2p.states import IndexedTensor
+from tests.tmpfs import tmpfs
 
 
 @pytest.fixture
@@ -261,15 +261,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     place = tmp_path / "small"
     place.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(argv, capture_output=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no mount here: {error}")
-    if done.returncode:
-        pytest.skip(f"may not mount a tmpfs: {done.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with tmpfs(place, "256k"):
+        yield place
 
 
 def test_a_full_disk_leaves_nothing_and_the_former_manifest_whole(

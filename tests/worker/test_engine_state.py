@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from swarmnode.worker.engine.snapshots import Snapshots
 from swarmnode.worker.files import read_state_name, stage_directory, state_path
 from swarmnode.worker.training.log import UpdateLog
 from swarmnode.worker.training.state import StageState
+from tests.tmpfs import tmpfs
 
 GRID = [["a", "b"], ["c", "b"]]
 SHADOWS = [["d"], ["a", "d"]]
@@ -323,19 +324,12 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_former_file(tmp_path: Path) 
 
 
 @pytest.fixture
-def tiny_disk(tmp_path: Path) -> Any:
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for 256 KiB, where this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with tmpfs(folder, "256k"):
+        yield folder
 
 
 def test_a_full_disk_keeps_the_former_snapshot_and_the_log(tiny_disk: Path) -> None:

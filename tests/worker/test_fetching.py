@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarmnode import failpoints
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.errors import ChunkError, DataError, ProtocolError, RefusedError
 from swarmnode.messages import (
@@ -296,15 +295,3 @@ def test_folders_that_nobody_touched_for_a_week_go(tmp_path: Path) -> None:
     drop_old_folders(tmp_path, now_s)
     assert (old.exists(), young.exists()) == (False, True)
     drop_old_folders(tmp_path / "nowhere", now_s)
-
-
-@pytest.mark.parametrize(
-    ("armed", "step", "found"),
-    [("after_log", 3, True), ("after_log:3", 3, True), ("after_log:3", 4, False), ("", 3, False),
-     ("before_log", 3, False)],
-)  # fmt: skip
-def test_a_failpoint_is_armed_by_name_and_step(
-    armed: str, step: int, found: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(failpoints, "_ARMED", armed)
-    assert failpoints.is_armed("after_log", step) is found
