@@ -35,6 +35,7 @@ from swarmnode.compression.delta_frames import (
     pack_frame,
     pack_refusal,
     scope_of,
+    slot_of,
     unpack_frame,
     unpack_refusal,
 )
@@ -158,6 +159,10 @@ class DeltaSender(_End):
         self.counts.num_full += 1
         return self._pack_full(full, slot, self._version)
 
+    def prefetch(self, key: bytes) -> None:
+        """A sample is sent soon: have what is held of it read, where it lies on a disk."""
+        self._cache.prefetch(self._slots.get(key, NO_SLOT))
+
     def held(self, key: bytes) -> Tensor | None:
         """What the receiver has of a sample, if it is kept; bfloat16, not to be written to."""
         slot = self._slots.get(key, NO_SLOT)
@@ -231,6 +236,10 @@ class DeltaSender(_End):
 
 class DeltaReceiver(_End):
     """The end that computes on what comes. `scope` and `spec` must be those of the sender."""
+
+    def prefetch(self, frame: Payload) -> None:
+        """A frame has come, to be received later: have what it changes read from the disk."""
+        self._cache.prefetch(slot_of(frame))
 
     def receive(self, frame: Payload, device: torch.device | str = "cpu") -> Received:
         """What a frame from a stranger holds, or the refusal to send back.

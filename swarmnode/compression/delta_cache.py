@@ -4,19 +4,21 @@ The sender says which slot a sample lies in, so both ends have the same room and
 agree on what to throw away. Values are bfloat16: float32's range, half of its bytes.
 """
 
+import mmap
 import os
 import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from swarmnode.errors import CapacityError
 
 VALUE_BYTES = 2
+_ADVICE_BYTES = 128 << 10
+"""So much is asked for at once: Linux reads no more ahead of one request."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class DeltaCache:
         assert budget_bytes >= 0 < slot_values
         self.slot_values = slot_values
         self.num_slots = budget_bytes // (VALUE_BYTES * slot_values)
-        self._rows = _rows(self.num_slots * slot_values, folder).view(-1, slot_values)
+        num_values = self.num_slots * slot_values
+        self._file = _file(VALUE_BYTES * num_values, folder)
+        """What maps the file, if there is one."""
+        self._rows = _values(num_values, self._file).view(-1, slot_values)
         self._entries: dict[int, Entry] = {}
         self._aside: dict[int, tuple[Entry, Tensor]] = {}
 
@@ -67,6 +72,16 @@ class DeltaCache:
             return self._aside[slot][1]
         entry = self._entries[slot]
         return self._rows[slot, : torch.Size(entry.shape).numel()].view(entry.shape)
+
+    def prefetch(self, slot: int) -> None:
+        """Have the disk read the values of a slot beside what else happens, if it has to. Never
+        waits for them; nothing for a slot that there is not, or that lies in memory anyway."""
+        if self._file is None or slot in self._aside or slot not in self._entries:
+            return
+        start = slot * self.slot_values * VALUE_BYTES
+        stop = start + torch.Size(self._entries[slot].shape).numel() * VALUE_BYTES
+        for at in range(start - start % mmap.PAGESIZE, stop, _ADVICE_BYTES):
+            self._file.madvise(mmap.MADV_WILLNEED, at, min(_ADVICE_BYTES, stop - at))
 
     def put(self, slot: int, entry: Entry, values: Tensor) -> None:
         """Replace what is in `slot`, once it is committed. `values` are kept, not copied."""
@@ -100,17 +115,29 @@ def crc_of(values: Tensor) -> int:
     return zlib.crc32(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _rows(num_values: int, folder: Path | None) -> Tensor:
-    """Room for so many bfloat16 values; pages that were never written to take none."""
-    num_bytes = VALUE_BYTES * num_values
+def _file(num_bytes: int, folder: Path | None) -> mmap.mmap | None:
+    """A mapped file of that size, which has no name; all of it is reserved."""
+    if folder is None or not num_bytes:
+        return None
     try:
-        if folder is None or not num_values:
-            return torch.empty(num_values, dtype=torch.bfloat16)
         with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):  # a full disk says so now, not by a signal later
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
             file.truncate(num_bytes)
-            mapped = np.memmap(file, dtype=np.int16, mode="r+", shape=(num_values,))
-    except (OSError, RuntimeError) as error:
-        raise CapacityError(f"no room for a delta cache of {num_bytes} bytes: {error}") from error
-    return torch.from_numpy(mapped).view(torch.bfloat16)
+            return mmap.mmap(file.fileno(), num_bytes)
+    except OSError as error:
+        raise _no_room(num_bytes, error) from error
+
+
+def _values(num_values: int, file: mmap.mmap | None) -> Tensor:
+    """Room for so many bfloat16 values; pages that were never written to take none."""
+    try:
+        if file is not None:
+            return torch.frombuffer(file, dtype=torch.bfloat16)
+        return torch.empty(num_values, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        raise _no_room(VALUE_BYTES * num_values, error) from error
+
+
+def _no_room(num_bytes: int, error: Exception) -> CapacityError:
+    return CapacityError(f"no room for a delta cache of {num_bytes} bytes: {error}")

@@ -111,6 +111,12 @@ def unpack_frame(data: Payload, max_elements: int) -> Frame:
     return Frame(Prefix(scope, is_delta, slot, base_version, base_crc, crc), payload)
 
 
+def slot_of(frame: Payload) -> int:
+    """The slot that a frame from a stranger names, unchecked; `NO_SLOT` where there is none."""
+    view = memoryview(frame).cast("B")
+    return int(_PREFIX.unpack_from(view)[4]) if len(view) >= PREFIX_BYTES else NO_SLOT
+
+
 def pack_refusal(refusal: Refusal) -> bytes:
     fields = (refusal.slot, refusal.version, refusal.held_version, refusal.num_slots)
     return bytes(_sealed(b"SE", 0, refusal.scope, *fields))

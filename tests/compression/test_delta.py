@@ -1,5 +1,12 @@
 """The delta cache: what a sample costs and loses; only what is committed lasts."""
 
+import contextlib
+import ctypes
+import mmap
+import os
+import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -291,6 +298,56 @@ def test_a_cache_on_disk_is_the_same_as_one_in_memory(tmp_path: Path) -> None:
             for end in (*in_memory, *on_disk):
                 end.commit()
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel what it holds")
+def test_what_is_prefetched_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
+    """Both caches were written to the disk and dropped from memory; nobody looks at them since."""
+    ends = sender, receiver = pair(folder=tmp_path)
+    for sample in range(4):
+        visit(sender, receiver, b"%d" % sample, normal(sample))
+    drop_from_memory(tmp_path, [end._cache for end in ends])
+    if any(resident(end._cache) for end in ends):
+        pytest.skip("files here are kept in memory")
+    slot_1 = set(range(SLOT_BYTES // mmap.PAGESIZE, -(-2 * SLOT_BYTES // mmap.PAGESIZE)))
+    sender.prefetch(b"of nobody")
+    assert resident(sender._cache) == set()
+    sender.prefetch(b"1")
+    until_resident(sender._cache, slot_1)
+    frame = sender.prepare(b"1", normal(5))
+    receiver.prefetch(frame[:7])
+    receiver.prefetch(bytes(32))
+    receiver.prefetch(b"\xff" * 40)
+    assert resident(receiver._cache) <= set(range(2)), "at most slot 0, which zeros name"
+    receiver.prefetch(frame)
+    until_resident(receiver._cache, slot_1)
+    assert receiver.receive(frame).tensor is not None
+
+
+def drop_from_memory(folder: Path, caches: Iterable[DeltaCache]) -> None:
+    """What the files in `folder` have is on the disk, and there alone."""
+    for cache in caches:
+        assert cache._file is not None
+        cache._file.madvise(mmap.MADV_DONTNEED)
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if link.readlink().parent == folder.resolve():
+                os.fsync(int(link.name))
+                os.posix_fadvise(int(link.name), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident(cache: DeltaCache) -> set[int]:
+    """Pages of its file that the kernel holds in memory."""
+    pages = (ctypes.c_ubyte * -(-cache.num_bytes // mmap.PAGESIZE))()
+    address, size = ctypes.c_void_p(cache._rows.data_ptr()), ctypes.c_size_t(cache.num_bytes)
+    assert ctypes.CDLL(None).mincore(address, size, pages) == 0
+    return {at for at, page in enumerate(pages) if page & 1}
+
+
+def until_resident(cache: DeltaCache, pages: set[int]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not pages <= resident(cache):
+        assert time.monotonic() < deadline_s, resident(cache)
 
 
 def test_a_folder_without_room_says_so_at_once(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_swarm import TIED, Swarm, make_manifest
+from torch import Tensor
 
 from swarmnode.compression.delta_cache import DeltaCache
 from swarmnode.domain import PeerId, SlotId
@@ -198,6 +199,37 @@ def mapped_sizes(folder: Path) -> list[int]:
             if link.readlink().parent == folder.resolve():
                 found.append(link.stat().st_size)
     return found
+
+
+def test_what_a_step_changes_is_prefetched_before_it_is_read(
+    blobs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the receiver all of it; at the sender all but the first microbatch of a step."""
+    swarm = started(manifest_of(blobs, codecs={"delta_cache_on_disk": True}), blobs)
+    for step in range(3):
+        swarm.step(step)
+    asked: dict[DeltaCache, set[int]] = {}
+    read: dict[DeltaCache, set[int]] = {}
+    prefetch, values = DeltaCache.prefetch, DeltaCache.values
+
+    def noted_prefetch(cache: DeltaCache, slot: int) -> None:
+        if slot not in read.get(cache, ()):
+            asked.setdefault(cache, set()).add(slot)
+        prefetch(cache, slot)
+
+    def noted_values(cache: DeltaCache, slot: int) -> Tensor:
+        read.setdefault(cache, set()).add(slot)
+        return values(cache, slot)
+
+    monkeypatch.setattr(DeltaCache, "prefetch", noted_prefetch)
+    monkeypatch.setattr(DeltaCache, "values", noted_values)
+    swarm.step(3)
+    num_rows = 2
+    for sender, receiver in caches(swarm).values():
+        assert len(read[sender]) == len(read[receiver]) == 2 * num_rows
+        assert asked[receiver] == read[receiver]
+        assert asked[sender] < read[sender]
+        assert len(asked[sender]) == num_rows
 
 
 @pytest.mark.parametrize("extra_bytes", [-1, 1, 1 << 20])

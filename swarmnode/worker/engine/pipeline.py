@@ -12,9 +12,8 @@ from torch import Tensor
 
 from swarmnode.compression.codec import Codec, Payload
 from swarmnode.domain import SlotId
-from swarmnode.messages import (
-    Frame,
-)
+from swarmnode.fields import FrameKind
+from swarmnode.messages import Frame
 from swarmnode.worker.engine.boundaries import BoundaryRole
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
@@ -75,6 +74,9 @@ class Pipeline:
         slot = self._slots[frame.target]
         direction: Direction = "forward" if frame.kind == "activation" else "backward"
         slot.inputs[direction, frame.microbatch] = payload
+        if self._travels_as_change(frame.kind):
+            assert self._setup.deltas is not None
+            self._setup.deltas.arrived(frame.target, payload)
         slot.schedule.arrived(direction, frame.microbatch)
 
     def work(self) -> SlotId | None:
@@ -102,6 +104,7 @@ class Pipeline:
 
     def _perform(self, slot: SlotId, work: Work) -> None:
         began_s = time.monotonic()
+        self._prefetch(slot, work)
         if work.direction == "backward":
             self._backward(slot, work.microbatch)
         else:
@@ -110,6 +113,15 @@ class Pipeline:
             work.direction, began_s, time.monotonic(), step=self._step, evaluate=self._evaluate,
             slot=tuple(slot), microbatch=work.microbatch,
         )  # fmt: skip
+
+    def _prefetch(self, slot: SlotId, work: Work) -> None:
+        """What the forward after this work sends as a change is read from the disk meanwhile."""
+        following = self._slots[slot].schedule.forward_after(work)
+        if following is None or self._setup.is_last(slot):
+            return
+        if self._travels_as_change("activation"):
+            assert self._setup.deltas is not None
+            self._setup.deltas.prefetch(slot, self._step, following)
 
     def _forward(self, slot: SlotId, microbatch: int) -> None:
         setup, at = self._setup, self._slots[slot]
@@ -229,6 +241,6 @@ class Pipeline:
         role: BoundaryRole = "held_out" if self._evaluate else kind
         return self._setup.boundaries.codec(role, source, target).at(self._step)
 
-    def _travels_as_change(self, kind: Boundary) -> bool:
+    def _travels_as_change(self, kind: FrameKind) -> bool:
         """Held out samples have no history; nor have gradients."""
         return self._setup.deltas is not None and kind == "activation" and not self._evaluate

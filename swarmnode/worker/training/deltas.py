@@ -8,6 +8,7 @@ stage before it, also where both ends are on this node. A frame of the engine is
 once the step is committed, which both ends hear before either begins the next.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -96,6 +97,17 @@ class Deltas:
         """The frames of what `source` sends on, row by row."""
         sender, keys = self._senders[source], self._keys_of(step, microbatch)
         return [sender.prepare(key, row_SD) for key, row_SD in zip(keys, hidden_BSD, strict=True)]
+
+    def prefetch(self, source: SlotId, step: int, microbatch: int) -> None:
+        """`source` encodes this microbatch soon: have its caches on disk read beside other work."""
+        for key in self._keys_of(step, microbatch):
+            self._senders[source].prefetch(key)
+
+    def arrived(self, target: SlotId, payload: Payload) -> None:
+        """`target` decodes this soon: as `prefetch`. What is wrong with it, `decode` will say."""
+        with contextlib.suppress(CodecError):
+            for frame in self._sizes.split(payload):
+                self._receivers[target].prefetch(frame)
 
     def codec(self, frame: Payload) -> str:
         """What a row is coded with: as a change, or in full."""

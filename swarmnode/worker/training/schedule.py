@@ -81,6 +81,11 @@ class SlotSchedule:
         if self._is_last and not self._forward_only:
             self._gradients.add(work.microbatch)  # the loss is its own gradient
 
+    def forward_after(self, work: Work) -> int | None:
+        """The microbatch that goes forward next once `work` is done, whether it is here or not."""
+        at = self._num_forward + (work.direction == "forward")
+        return self._microbatches[at] if at < len(self._microbatches) else None
+
     @property
     def is_flushed(self) -> bool:
         """Whether a whole group has just been backward."""
