@@ -9,7 +9,7 @@ int4/32; same grid, same bits a value, even | odd packing. One JSON line for eac
 Rows are of 4096 values. With 1024 of them all that the eager way puts aside fits into memory that
 the allocator keeps; with 4096 it is fresh from the kernel each time, and so is what is decoded.
 "fresh" is the rate at which zeros are written to such memory: no decoder that returns a new
-tensor is faster.
+tensor is faster. "decode_into" fills a tensor that is there, as reduced gradients are taken.
 """
 
 import argparse
@@ -45,7 +45,9 @@ def eager_encode(tensor: Tensor, bits: int, block: int) -> bytes:
     )
 
 
-def eager_decode(payload: bytes, like: Tensor, bits: int, block: int) -> Tensor:
+def eager_decode(
+    payload: bytes, like: Tensor, bits: int, block: int, out: Tensor | None = None
+) -> Tensor:
     top = (1 << bits - 1) - 1
     num_scale_bytes = 2 * like.numel() // block
     data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(like.device)
@@ -55,7 +57,8 @@ def eager_decode(payload: bytes, like: Tensor, bits: int, block: int) -> Tensor:
         codes_N = torch.stack([codes & 15, codes >> 4], dim=1).to(torch.int8) - 8
     else:
         codes_N = codes.view(torch.int8)
-    return (codes_N.view(-1, block).float() * (scale_R1 / top)).to(like.dtype).view(like.shape)
+    values_RG = codes_N.view(-1, block).float() * (scale_R1 / top)
+    return (values_RG.to(like.dtype) if out is None else out.copy_(values_RG)).view(like.shape)
 
 
 def sample(dtype: str, device: str, num_rows: int) -> Tensor:
@@ -65,7 +68,7 @@ def sample(dtype: str, device: str, num_rows: int) -> Tensor:
 
 def eager_rates(tensor: Tensor, device: str, num_runs: int) -> dict[str, dict[str, Rate]]:
     """Rates of the eager way, after a check that it does the work."""
-    found = {}
+    found, target = {}, torch.empty_like(tensor)
     for spec, bits, block in (("int8", 8, 128), ("int4/32", 4, 32)):
         payload = eager_encode(tensor, bits, block)
         decoded = eager_decode(payload, tensor, bits, block)
@@ -79,6 +82,12 @@ def eager_rates(tensor: Tensor, device: str, num_runs: int) -> dict[str, dict[st
             "decode": rate(
                 lambda bits=bits, block=block, payload=payload: eager_decode(
                     payload, tensor, bits, block
+                ),
+                tensor.numel(), num_runs, device,
+            ),
+            "decode_into": rate(
+                lambda bits=bits, block=block, payload=payload: eager_decode(
+                    payload, tensor, bits, block, target.view(-1, block)
                 ),
                 tensor.numel(), num_runs, device,
             ),
@@ -115,6 +124,7 @@ def main() -> None:
             each.spec: {
                 "encode": each.encode.median / eager[each.spec]["encode"].median,
                 "decode": each.decode.median / eager[each.spec]["decode"].median,
+                "decode_into": each.decode_into.median / eager[each.spec]["decode_into"].median,
             }
             for each in report.codecs
             if each.spec in eager

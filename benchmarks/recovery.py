@@ -1,6 +1,6 @@
 """How long a swarm stands still when something of it is killed, and when somebody joins it.
 
-    python benchmarks/recovery.py --kills 100 [--json]
+    python benchmarks/recovery.py --kills 100 [--roles leave ...] [--json]
     python benchmarks/recovery.py --part join --joins 5 [--hidden 256] [--json]
 
 Real daemons on this machine's loopback train a small model, 2 stages x 2 slots, without end.
@@ -12,10 +12,12 @@ Real daemons on this machine's loopback train a small model, 2 stages x 2 slots,
   restart    the whole node that coordinates, started again at once
   takeover   the whole node that coordinates, started again after another one has taken over; where
              the plan has two voters, so that the other one may not, it counts as a restart
+  leave      (only where --roles names it) a node as in `node`, but by SIGTERM: it gives its slots
+             to others and ends; started again after that
 
 and the time runs from the signal until the coordinator's API shows a step that a later generation
-has committed (`directory`, where none is needed: the longest time without a commit until the
-process is there again). Looked at every 20 ms. Before each kill the
+has committed (`directory` and `leave`, where nobody need wait for one: the longest time without a
+commit until the process is there again, or has ended). Looked at every 20 ms. Before each kill the
 coordinator sees all four nodes again and every stage has two holders. `join`: see _joining.py.
 
 In the end the journals must hold every step once, with the same bits wherever a step was written
@@ -32,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,7 +67,8 @@ from swarmnode.cli.local_swarm import LocalSwarm
 from swarmnode.errors import SwarmError
 from swarmnode.http.api import JobView
 
-ROLES = ("child", "node", "directory", "restart", "takeover")
+KILLS = ("child", "node", "directory", "restart", "takeover")
+ROLES = (*KILLS, "leave")
 ASKED_S = {"child": 8.0, "node": 8.0, "restart": 10.0, "takeover": 20.0}
 NUM_NODES = 4
 MOST_PAUSE_S = 1.0
@@ -83,24 +86,28 @@ class Recovery:
     num_parts: int
     """Nodes that held a part of the job when it was hit."""
     commit_s: float
-    """From the kill to the next commit that counts."""
+    """From the kill to the next commit that counts, or the longest time without one."""
     from_start_s: float | None = None
     """From the start of the coordinator's node to that commit; only of `restart`."""
     back_s: float | None = None
     """From the kill until the directory process is there again; only of `directory`."""
+    ended_s: float | None = None
+    """From the signal until the node's process has ended; only of `leave`."""
 
 
 class Kills:
     """One kill after another, each on a healthy swarm."""
 
-    def __init__(self, job: LongJob, seed: int) -> None:
+    def __init__(self, job: LongJob, roles: Sequence[str], seed: int) -> None:
+        """`roles` in turn."""
         self._job = job
+        self._roles = roles
         self._chance = random.Random(seed)
         self._num_parts = NUM_NODES
 
     def run(self, num_kills: int, note: Callable[[str], None]) -> Iterator[Recovery]:
         for number in range(num_kills):
-            role = ROLES[number % len(ROLES)]
+            role = self._roles[number % len(self._roles)]
             self._num_parts = self._job.until_healthy()
             self._job.witness.look()
             time.sleep(self._chance.uniform(0.0, MOST_PAUSE_S))
@@ -131,22 +138,52 @@ class Kills:
         client, process = job.swarm.node(node).client, job.swarm.node(node).child("directory")
         assert process is not None, f"node {node} has no directory"
         view = self._training()
-        step, longest_s = view.step, 0.0
-        at_s = moved_s = strike([process])
-        back_s: float | None = None
-        while back_s is None or step == view.step:
-            seen, now_s = job.look(), time.monotonic()
-            if seen is not None and seen.step > step:
-                longest_s, moved_s, step = max(longest_s, now_s - moved_s), now_s, seen.step
-            if back_s is None and client.node().pids["directory"] != process.pid:
-                back_s = now_s - at_s
-            if now_s > at_s + LIMIT_S:
-                raise SwarmError(f"no directory, or no commit, within {LIMIT_S:.0f} s")
-            time.sleep(LOOK_S)
-        longest_s = max(longest_s, time.monotonic() - moved_s)
+        at_s = strike([process])
+        longest_s, back_s = self._pause(
+            view, at_s, lambda: client.node().pids["directory"] != process.pid
+        )
         return Recovery(
             "directory", node, view.step, view.generation, self._num_parts, longest_s, back_s=back_s
         )
+
+    def _leave(self) -> Recovery:
+        job = self._job
+        node = self._chance.choice([n for n in self._hosts(self._training()) if n != job.node])
+        view = self._training()
+        at_s = time.monotonic()
+        leaver, statuses = job.ask_to_end(node), list[int]()
+
+        def has_ended() -> bool:
+            if (status := leaver.wait_stopped(0)) is not None:
+                statuses.append(status)
+            return bool(statuses)
+
+        longest_s, ended_s = self._pause(view, at_s, has_ended)
+        seen = job.look()
+        if statuses != [0] or seen is None or seen.generation == view.generation:
+            raise SwarmError(f"node {node} ended with {statuses}; the view then was {seen}")
+        job.spawn([node])
+        return Recovery(
+            "leave", node, view.step, view.generation, self._num_parts, longest_s, ended_s=ended_s
+        )
+
+    def _pause(
+        self, before: JobView, at_s: float, is_over: Callable[[], bool]
+    ) -> tuple[float, float]:
+        """The longest time without a commit from `at_s` until it `is_over` and a step is done; and
+        from `at_s` until it was over."""
+        step, longest_s, moved_s = before.step, 0.0, at_s
+        over_s: float | None = None
+        while over_s is None or step == before.step:
+            seen, now_s = self._job.look(), time.monotonic()
+            if seen is not None and seen.step > step:
+                longest_s, moved_s, step = max(longest_s, now_s - moved_s), now_s, seen.step
+            if over_s is None and is_over():
+                over_s = now_s - at_s
+            if now_s > at_s + LIMIT_S:
+                raise SwarmError(f"it is not over, or no commit, within {LIMIT_S:.0f} s")
+            time.sleep(LOOK_S)
+        return max(longest_s, time.monotonic() - moved_s), over_s
 
     def _restart(self) -> Recovery:
         view = self._training()
@@ -204,6 +241,7 @@ def by_role(done: list[Recovery]) -> dict[str, dict[str, float]]:
             role: [each.commit_s for each in mine],
             f"{role}, from its start": [e.from_start_s for e in mine if e.from_start_s is not None],
             f"{role}, process back": [e.back_s for e in mine if e.back_s is not None],
+            f"{role}, process ended": [e.ended_s for e in mine if e.ended_s is not None],
         }
         found |= {name: spread(seconds) for name, seconds in clocks.items() if seconds}
     return found
@@ -243,6 +281,7 @@ def main() -> int:
     )
     parser.add_argument("--part", choices=("kills", "join"), default="kills")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=KILLS)
     parser.add_argument("--joins", type=int, default=5)
     parser.add_argument(
         "--hidden", type=int, help="size of the model; each part has its own unless given"
@@ -284,7 +323,7 @@ def main() -> int:
         measured = (
             measure_joins(job, options.joins, shares, progress.console.print)
             if is_join
-            else Kills(job, options.seed).run(options.kills, progress.console.print)
+            else Kills(job, options.roles, options.seed).run(options.kills, progress.console.print)
         )
         for each in measured:
             done.append(each)

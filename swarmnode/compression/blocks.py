@@ -24,7 +24,6 @@ from swarmnode.compression.tensors import (
     flat,
     from_bytes,
     item_bytes,
-    num_elements,
     piece_values,
     pieces,
 )
@@ -180,13 +179,18 @@ class IntCodec(SpecCodec):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        data = checked(payload, self.wire_bytes(shape, dtype))
-        num_values, bits = num_elements(shape), self._code.bits
+        checked(payload, self.wire_bytes(shape, dtype))
+        out = torch.empty(tuple(shape), dtype=dtype, device=device)
+        self.decode_into(payload, out)
+        return out
+
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        data = checked(payload, self.wire_bytes(out.shape, out.dtype))
+        out_N, num_values, bits = out.view(-1), out.numel(), self._code.bits
         if not num_values:
-            return torch.empty(tuple(shape), dtype=dtype, device=device)
+            return
         is_other, step, packed = self._scales(data, num_values)
-        out_N = torch.empty(num_values, dtype=dtype, device=device)
-        device = out_N.device
+        device = out.device
         step_B1 = step.to(device).unsqueeze(1)  # divided on the host: a GPU would multiply
         other_B = is_other.to(device) if bool(is_other.any()) else None
         piece = piece_values(device, num_values)
@@ -207,7 +211,6 @@ class IntCodec(SpecCodec):
                     out_RG.copy_(self._values(codes_RG, step_B1[blocks], other_R, lowest))
         if int(lowest) < -self._top:
             raise CodecError(f"{self.spec} payload has a code below {-self._top}")
-        return out_N.view(tuple(shape))
 
     def _scales(
         self, data: NDArray[np.uint8], num_values: int

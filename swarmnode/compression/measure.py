@@ -47,6 +47,8 @@ class CodecFigures:
     """For each value of a tensor of the shape that was timed."""
     encode: Rate
     decode: Rate
+    decode_into: Rate
+    """Into a tensor that is there: what `decode` does without fresh memory."""
     encode_share: float
     """Of the rate of a copy."""
     decode_share: float
@@ -137,11 +139,14 @@ def _figures(codec: Codec, tensor: Tensor, copy: Rate, num_runs: int, device: st
         lambda: codec.decode(payload, tensor.shape, tensor.dtype, device),
         num_values, num_runs, device,
     )  # fmt: skip
+    target = torch.empty_like(tensor)
+    decode_into = rate(lambda: codec.decode_into(payload, target), num_values, num_runs, device)
     return CodecFigures(
         spec=codec.spec,
         wire_bits=8 * len(payload) / num_values,
         encode=encode,
         decode=decode,
+        decode_into=decode_into,
         encode_share=encode.median / copy.median,
         decode_share=decode.median / copy.median,
         squared_error={name: squared_error(codec, x) for name, x in samples().items()},

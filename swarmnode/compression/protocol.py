@@ -53,6 +53,12 @@ class Codec(Protocol):
         dtype); the length is checked before anything is allocated.
         """
 
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        """Fill contiguous `out` with what `decode` gives for its shape, dtype and device.
+
+        Raises: CodecError as `decode`; what is in `out` then means nothing.
+        """
+
     def wire_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """The exact length of what `encode` returns for such a tensor."""
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,13 @@ class RawCodec(SpecCodec):
         data = checked(payload, self.wire_bytes(shape, dtype))
         return from_bytes(data, dtype).reshape(tuple(shape)).to(device)
 
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        if out.device.type == "cpu":
+            data = checked(payload, self.wire_bytes(out.shape, out.dtype))
+            np.copyto(out.view(-1).view(torch.uint8).numpy(), data)
+        else:
+            super().decode_into(payload, out)
+
     def error_bound(self, absmax: float, dtype: torch.dtype = torch.float32) -> float:
         """Zero: the tensor's own dtype is the one to decode to."""
         del absmax, dtype
@@ -65,6 +73,10 @@ class Bfloat16Codec(SpecCodec):
     ) -> Tensor:
         data = checked(payload, self.wire_bytes(shape, dtype))
         return from_bytes(data, torch.bfloat16).reshape(tuple(shape)).to(device).to(dtype)
+
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        data = checked(payload, self.wire_bytes(out.shape, out.dtype))
+        out.view(-1).copy_(from_bytes(data, torch.bfloat16))
 
     def error_bound(self, absmax: float, dtype: torch.dtype = torch.float32) -> float:
         """Half a step of 8 significant bits, half a subnormal at least; inf above 3.38e38."""

@@ -1,6 +1,7 @@
 """What all codecs share: sizes that are checked before anything is allocated, bytes in and out."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -27,7 +28,7 @@ _WIRE_DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
-class SpecCodec:
+class SpecCodec(ABC):
     """The part of a codec that its spec decides."""
 
     form: CodecSpec
@@ -40,6 +41,20 @@ class SpecCodec:
         """The same codec: what it sends does not depend on the step."""
         del phase
         return self
+
+    @abstractmethod
+    def decode(
+        self,
+        payload: Payload,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """As `Codec.decode`."""
+
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        """As `Codec.decode_into`; here by way of a new tensor."""
+        out.copy_(self.decode(payload, out.shape, out.dtype, out.device))
 
     def wire_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         num_elements(shape)

@@ -220,6 +220,23 @@ def test_int8_refuses_what_is_not_finite(value: float, position: int) -> None:
         get_codec("int8").encode(tensor)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 129), (70_000,), (0,), (1,)])
+def test_decoding_into_a_tensor_gives_the_same_bits_and_touches_nothing_else(
+    spec: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    codec, tensor = get_codec(spec), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    payload = codec.encode(tensor.to(dtype))
+    around = torch.full((tensor.numel() + 2,), 7.0, dtype=dtype)
+    place = around[1:-1].view(shape)
+    codec.decode_into(payload, place)
+    assert torch.equal(place, codec.decode(payload, shape, dtype))
+    assert around[0] == around[-1] == 7
+    with pytest.raises(CodecError):
+        codec.decode_into(payload + b"x", place)
+
+
 @pytest.mark.parametrize("spec", ["none", "bf16"])
 def test_other_codecs_pass_on_what_is_not_finite(spec: str) -> None:
     codec = get_codec(spec)

@@ -141,17 +141,17 @@ class ReducedGradient:
             self._put(next_part, self._waiting.pop(next_part))
 
     def _put(self, part: int, payload: Payload) -> None:
-        group, device = self._group, str(self._flat.device)
-        start, stop = group.shard(part)
-        values = self._codecs.of(group, part).decode(payload, (stop - start,), device=device)
-        owner = group.owner(part)
+        group, codec = self._group, self._codecs.of(self._group, part)
+        owner, (start, stop) = group.owner(part), group.shard(part)
+        values = place = self._flat[start:stop]
+        if group.is_gathered and owner != group.members[0]:
+            values = codec.decode(payload, place.shape, device=place.device)
+            place += values
+        else:
+            codec.decode_into(payload, place)
         if group.is_gathered:
             norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
             self.norms.setdefault(start, {})[owner] = norm
-        if group.is_gathered and owner != group.members[0]:
-            self._flat[start:stop] += values
-        else:
-            self._flat[start:stop] = values
         self._missing.discard(part)
 
     @property
