@@ -10,6 +10,7 @@ from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.fields import Count, Fence, Hash, Losses, Proof, Seconds, Speed, Text
 from swarmnode.fields import FrameKind as FrameKind
 from swarmnode.fields import SentKind as SentKind
+from swarmnode.heartbeats import Checking, Ping
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
 BEFORE_ANY = Generation(0)  # below every generation
@@ -201,13 +202,6 @@ class Release:
     """Whether nobody works for the job any more, and nobody ever will again."""
 
 
-@dataclass(frozen=True)
-class Ping:
-    """Sent every heartbeat by both sides; silence means death."""
-
-    job: JobId
-
-
 # ---- worker -> coordinator ---------------------------------------------------------------------
 
 
@@ -396,5 +390,5 @@ Message = (
     Frame | Announce | SessionFrame | SessionToken | SessionFailed | SessionClose
     | Inquire | Assign | Adopt | Prepare | Begin | Commit | Entry | Save | Release | Ping
     | Answer | Placed | Adopted | Prepared | Failed | Ready | Evaluated | Applied | Saved | Traffic
-    | Leaving | LinkBroken
+    | Leaving | Checking | LinkBroken
 )  # fmt: skip

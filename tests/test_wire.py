@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from swarmnode.domain import Generation, JobId
 from swarmnode.errors import ProtocolError
+from swarmnode.heartbeats import Ping
 from swarmnode.messages import (
     Begin,
     Failed,
     Message,
-    Ping,
 )
 from swarmnode.wire import MAX_HEADER_BYTES, pack, unpack
 

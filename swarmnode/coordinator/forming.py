@@ -29,6 +29,8 @@ MAX_ASKED = 32
 """Usable peers that are asked besides those whom the last plan and the new one name."""
 SEARCH_S = 20.0
 """A stage that nobody can give is looked for so long: a disk may come back."""
+CHECK_S = 900.0
+"""So long at most while somebody who may have it says that it reads its disk."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class Forming:
 
     def is_overdue(self, now_s: float) -> bool:
         """Whether what is missing has been looked for long enough."""
-        return bool(self.missing) and now_s - self._missing_since_s >= SEARCH_S
+        since_s = self._missing_since_s
+        silent_s = now_s - max(since_s, self.inquiry.checked_s)
+        return bool(self.missing) and (silent_s >= SEARCH_S or now_s - since_s >= CHECK_S)
 
     @property
     def is_gathering(self) -> bool:

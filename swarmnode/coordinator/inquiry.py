@@ -15,6 +15,8 @@ RETRY_S = 2.0
 """Who could not be reached is asked again after so long, while it is needed."""
 UNANSWERED_S = 10.0
 """So is who was reached and does not answer, or refused."""
+CHECKING_S = 5.0
+"""Nor is who said within so long that it reads its disk, and answers then."""
 
 
 class Inquiry:
@@ -49,6 +51,10 @@ class Inquiry:
         self._insisted: set[PeerId] = set()
         self._asked_s: dict[PeerId, float] = {}
         self._lost: set[PeerId] = set()
+        self._checked_s: dict[PeerId, float] = {}
+        """When a peer that has not answered said last that it reads its disk."""
+        self.checked_s = -math.inf
+        """When anybody said so last: an answer may still show what nobody else has."""
         self._agreed_s: float | None = None
 
     def ask(self, peers: Iterable[PeerId], now_s: float) -> list[PeerId]:
@@ -57,7 +63,9 @@ class Inquiry:
         for peer in sorted(set(peers)):
             waited_s = now_s - self._asked_s.get(peer, -math.inf)
             patience_s = RETRY_S if peer in self._lost else UNANSWERED_S
-            if waited_s >= patience_s and peer not in self.granted:
+            is_checking = now_s - self._checked_s.get(peer, -math.inf) <= CHECKING_S
+            is_due = waited_s >= patience_s and not is_checking
+            if is_due and peer not in self.granted:
                 self._asked_s[peer] = now_s
                 self._lost.discard(peer)
                 due.append(peer)
@@ -92,6 +100,7 @@ class Inquiry:
         if peer not in self._asked_s or answer.generation != self.generation:
             return
         self._lost.discard(peer)
+        self._checked_s.pop(peer, None)
         if answer.is_over:
             self._told.add(peer)
         if answer.is_new and not self._all_count:
@@ -108,8 +117,15 @@ class Inquiry:
         """Whether the peer has answered, and said no: it closes its stream then."""
         return peer in self._refused
 
+    def checking(self, peer: PeerId, now_s: float) -> None:
+        """The peer was reached, and reads its disk before it answers."""
+        if peer in self._asked_s:
+            self._lost.discard(peer)
+            self._checked_s[peer] = self.checked_s = now_s
+
     def lost(self, peer: PeerId) -> None:
         """The peer cannot be reached: it takes no part. If it refused, that still counts."""
+        self._checked_s.pop(peer, None)
         if peer in self._asked_s:
             self._lost.add(peer)
             self.granted.pop(peer, None)

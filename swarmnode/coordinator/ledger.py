@@ -14,6 +14,7 @@ from swarmnode.coordinator.votes import (
     DivergedError,
 )
 from swarmnode.domain import BlobRef, ModelFacts, PeerId, SlotId
+from swarmnode.heartbeats import Checking
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Adopted,
@@ -63,6 +64,10 @@ class Ledger(Generations):
                     return []
                 self._adopted.add(peer)
                 return self._begin_if_agreed(now_s)
+            case on.Heard(peer, Checking()):
+                if self._forming is not None:
+                    self._forming.inquiry.checking(peer, now_s)
+                return []
             case on.Heard(peer, Leaving(incarnation=incarnation)):
                 return self._on_leaving(peer, incarnation, now_s)
             case on.Heard(peer, Prepared() as prepared):

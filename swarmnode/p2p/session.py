@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from swarmnode.domain import JobId
 from swarmnode.errors import PeerLostError, ProtocolError, SwarmError
 from swarmnode.failpoints import hit
+from swarmnode.heartbeats import Ping
 from swarmnode.messages import (
     Commit,
     Message,
-    Ping,
 )
 from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.wire import pack, unpack

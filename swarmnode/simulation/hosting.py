@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from swarmnode.domain import PeerId, Plan
+from swarmnode.heartbeats import Checking
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Adopt,
@@ -27,7 +28,7 @@ from swarmnode.messages import (
 )
 from swarmnode.simulation.child_host import SimChildHost
 from swarmnode.simulation.keeping import SimKeeper
-from swarmnode.simulation.network import End
+from swarmnode.simulation.network import HEARTBEAT_S, End
 from swarmnode.simulation.world import Script
 from swarmnode.worker.state_keeper import TENANCY_NAME
 from swarmnode.worker.tenancy import Tenancy
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 ORPHAN_S = 600.0
 """As in worker.hosting, which starts processes."""
+LOAD_S = (0.1, 0.1, 1.0, 8.0, 40.0)
+"""How long a restarted daemon may read and check what it has on its disk."""
 
 
 class Hosting:
@@ -54,8 +57,8 @@ class Hosting:
         self._is_busy = False
         self._num_orphaned = 0
         self._is_saved = True
+        self._is_loaded = False
         self.tenancy = self._read_tenancy()
-        self.keeper.load()
 
     @property
     def plan(self) -> Plan | None:
@@ -90,6 +93,8 @@ class Hosting:
 
     def _on_question(self, end: End, message: Inquire | Assign) -> Script:
         """As `JobHost.consider`, and `serve` for a stream that is new."""
+        if not self._is_loaded:
+            yield from self._load(end)
         sender, before = PeerId(end.peer), self.tenancy
         if not before.may_ask(message, sender, self._daemon.verify_lease):
             if isinstance(message, Inquire):
@@ -113,6 +118,18 @@ class Hosting:
         self._answer(end, message, is_granted=after is not None)
         if end is not self._line:
             end.close()
+
+    def _load(self, end: End) -> Script:
+        has_files = bool(self._daemon.machine.disk.paths(self._directory))
+        left_s = self._daemon.world.random.choice(LOAD_S) if has_files else 0.0
+        while left_s > 0:
+            yield min(HEARTBEAT_S, left_s)
+            left_s -= HEARTBEAT_S
+            asking = [end, *(other for other, _ in self._inbox)] if left_s > 0 else ()
+            for each in dict.fromkeys(asking):
+                each.send(Checking(self.manifest.job))
+        self.keeper.load()
+        self._is_loaded = True
 
     def _promise(self, before: Tenancy, after: Tenancy) -> Generator[float, None, bool]:
         """Nothing lower is served from now on; it counts once it is on the disk."""

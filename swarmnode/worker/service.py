@@ -10,14 +10,16 @@ from pathlib import Path
 
 from swarmnode.domain import JobId, PeerId
 from swarmnode.errors import ManifestError, PeerError, ProtocolError, SwarmError
+from swarmnode.heartbeats import Checking
 from swarmnode.manifest import Manifest, check
 from swarmnode.messages import (
+    Answer,
     Assign,
     Inquire,
 )
 from swarmnode.p2p.identity import verify
 from swarmnode.p2p.ports import Stream, Transport
-from swarmnode.p2p.session import DEAD_AFTER_S, first_error
+from swarmnode.p2p.session import DEAD_AFTER_S, HEARTBEAT_S, first_error
 from swarmnode.papers import Papers
 from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, pack, unpack
 from swarmnode.worker.hosting import JobHost
@@ -121,7 +123,7 @@ class WorkerService:
 
     async def _serve(self, stream: Stream, host: JobHost, first: Inquire | Assign) -> None:
         try:
-            answer = await host.consider(first, stream.peer)
+            answer = await self._considered(stream, host, first)
         except SwarmError as error:
             self._refuse(stream.peer, error)
             return
@@ -138,6 +140,20 @@ class WorkerService:
             await host.serve(stream, first, answer)
         except* SwarmError as failures:
             self._log("coordinator lost", job=host.job, reason=str(first_error(failures)))
+
+    async def _considered(
+        self, stream: Stream, host: JobHost, first: Inquire | Assign
+    ) -> Answer | None:
+        """What the host answers. To read what it holds may take minutes; whoever asked hears
+        meanwhile that it is not dead. Raises: SwarmError as `JobHost.consider`."""
+        considering = asyncio.ensure_future(host.consider(first, stream.peer))
+        try:
+            while not (await asyncio.wait([considering], timeout=HEARTBEAT_S))[0]:
+                with contextlib.suppress(PeerError):  # what was read is read for the next one
+                    await stream.send(pack(Checking(host.job)))
+        finally:
+            considering.cancel()
+        return considering.result()
 
     async def _run(self, host: JobHost) -> None:
         """Hold one job until its end; what goes wrong in it ends it, and nothing else."""

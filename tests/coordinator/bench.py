@@ -25,6 +25,7 @@ from swarmnode.domain import (
     Plan,
     SlotId,
 )
+from swarmnode.heartbeats import Checking
 from swarmnode.manifest import (
     BatchConfig,
     DataContent,
@@ -105,10 +106,14 @@ class Worker:
     adopted: int = 0
     is_warm: bool = True
     ready: tuple[Ready, ...] = ()
+    is_reading: bool = False
+    """What is on its disk; it answers no question before that is done."""
 
     def take(self, sender: PeerId, message: Message, world: "Bench") -> list[Message]:
         generation = getattr(message, "generation", Generation(self.promised))
         match message:
+            case Inquire(job=job) if self.is_reading:
+                return [Checking(job)]
             case Inquire(job=job, based_on=based_on):
                 return [
                     self._answer(job, generation, sender, is_up_to_date=based_on >= self.adopted)

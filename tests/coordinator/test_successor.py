@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from swarmnode.coordinator import events as on
-from swarmnode.coordinator.forming import SEARCH_S
+from swarmnode.coordinator.forming import CHECK_S, SEARCH_S
 from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.votes import Votes
 from swarmnode.domain import BlobRef, Generation, PeerId, Plan, SlotId
+from swarmnode.heartbeats import Checking
 from swarmnode.messages import Begin, Inquire, Ready
 from tests.coordinator.bench import Bench, histories, manifest
 
@@ -173,3 +174,56 @@ def test_a_stage_that_is_lost_is_given_up_although_somebody_refuses_for_ever() -
         second.next() if second.inbox else second.tick(1.0)
     assert "a stage is lost; back to step 0" in second.ledger.reason
     assert SEARCH_S <= second.now_s - started_s < 2 * SEARCH_S
+
+
+def reading(step: int) -> tuple[Bench, list[PeerId]]:
+    """Who coordinates has been started again, and so have all holders of a stage: they are here,
+    and read what is on their disks."""
+    first = trained(step)
+    first.forget_messages()
+    plan = first.ledger.plan
+    assert plan is not None
+    stage = next(s for s in range(plan.num_stages) if A not in plan.holders(s))
+    again, holders = successor(first, "a"), sorted(set(plan.holders(stage)))
+    for peer in holders:
+        again.workers[peer].is_reading = True
+    return again.start(), holders
+
+
+def wait(bench: Bench, saying: list[PeerId], seconds: float) -> None:
+    """Time passes, in which these say each second that they read."""
+    until_s = bench.now_s + seconds
+    while bench.now_s < until_s and "a stage is lost" not in bench.ledger.reason:
+        while bench.inbox:
+            bench.next()
+        for peer in saying:
+            bench.feed(on.Heard(peer, Checking(bench.ledger.job)))
+        bench.tick(1.0)
+
+
+def test_steps_are_not_given_up_while_their_holders_read_what_they_have() -> None:
+    bench, holders = reading(3)
+    wait(bench, holders, 20 * SEARCH_S)
+    assert "a stage is lost" not in bench.ledger.reason
+    assert bench.ledger.step == 3
+    num_asked = sum(isinstance(s.message, Inquire) and s.peer == holders[0] for s in bench.sent)
+    assert num_asked == 1, "who reads need not be asked again"
+    for peer in holders:
+        bench.workers[peer].is_reading = False
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+    assert histories(bench) == {tuple(range(STEPS))}
+    assert min(computed(bench)) == 3, "nothing was computed again"
+
+
+@pytest.mark.parametrize(("num_saying", "patience_s"), [(0, SEARCH_S), (1, CHECK_S)])
+def test_who_reads_is_waited_for_while_it_says_so_and_not_for_ever(
+    num_saying: int, patience_s: float
+) -> None:
+    bench, holders = reading(3)
+    for silent in holders[num_saying:]:
+        del bench.workers[silent]
+    started_s = bench.now_s
+    wait(bench, holders[:num_saying], 2 * CHECK_S)
+    assert "a stage is lost; back to step" in bench.ledger.reason
+    assert patience_s <= bench.now_s - started_s < patience_s + 2

@@ -11,10 +11,10 @@ import pytest
 
 from swarmnode.domain import Generation, JobId, PeerId
 from swarmnode.errors import FrameTooLargeError, PeerLostError, ProtocolError, SwarmError
+from swarmnode.heartbeats import Ping
 from swarmnode.messages import (
     Begin,
     Message,
-    Ping,
     Release,
 )
 from swarmnode.p2p.framing import WINDOW_BYTES

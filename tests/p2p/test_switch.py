@@ -26,10 +26,10 @@ from switch_nodes import (
 
 from swarmnode.domain import Generation, JobId, Plan
 from swarmnode.errors import PeerLostError, ProtocolError
+from swarmnode.heartbeats import Ping
 from swarmnode.messages import (
     Frame,
     Message,
-    Ping,
 )
 from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.p2p.switch import TensorMessage

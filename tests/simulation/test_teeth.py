@@ -38,6 +38,13 @@ CLOCKS = Scenario(
     faults=FaultSection(kinds=("clock", "clock", "kill", "partition"), every_s=2.0, most_wiped=1),
 )
 """A job that takes long enough for several jumps at its coordinator."""
+RESTARTS = Scenario(
+    name="restarts",
+    swarm=FAULTS.swarm,
+    jobs=(FAULTS.jobs[0].model_copy(update={"steps": 20}),),
+    faults=FaultSection(kinds=("power", "kill", "power"), every_s=1.5, most_wiped=1),
+)
+"""Often all holders of a stage are started again at once, and read what is on their disks."""
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, scenario: Scenario = FAULTS) -> str:
@@ -65,6 +72,11 @@ def test_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tenancy, "on_inquire", grant)
     monkeypatch.setattr(Tenancy, "on_assign", adopt)
     assert shown(monkeypatch)
+
+
+def test_nobody_hears_who_reads_its_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inquiry, "checking", lambda *_: None)
+    assert "goes back to step" in shown(monkeypatch, RESTARTS)
 
 
 def test_nobody_hears_who_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

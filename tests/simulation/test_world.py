@@ -7,7 +7,8 @@ import pytest
 
 from swarmnode.coordinator.events import CommitRecord
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
-from swarmnode.messages import Message, Ping, Ready
+from swarmnode.heartbeats import Ping
+from swarmnode.messages import Message, Ready
 from swarmnode.simulation.directory import Directory, View
 from swarmnode.simulation.disk import Disk
 from swarmnode.simulation.history import History

@@ -11,10 +11,23 @@ from typing import Any
 
 import pytest
 from engine_swarm import TIED, Swarm, make_manifest
-from worker_node import GOOD, ME, STRANGER, SUBMITTER, Node, answer, assign, node
+from worker_node import (
+    GOOD,
+    ME,
+    STRANGER,
+    SUBMITTER,
+    Node,
+    answer,
+    answered,
+    ask,
+    assign,
+    inquire,
+    node,
+)
 
 from swarmnode.domain import Generation, Plan
 from swarmnode.errors import PeerLostError
+from swarmnode.heartbeats import Ping
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Answer,
@@ -26,9 +39,7 @@ from swarmnode.messages import (
     Entry,
     Failed,
     Held,
-    Inquire,
     Message,
-    Ping,
     Placed,
     Ready,
     Release,
@@ -52,29 +63,6 @@ THIRD = Identity(b"t" * 32)
 @pytest.fixture(autouse=True)
 def _without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "RETRY_S", ())
-
-
-def inquire(generation: int, based_on: int, job: Manifest = GOOD, **changes: Any) -> Inquire:
-    fields: dict[str, Any] = {
-        "job": job.job,
-        "generation": Generation(generation),
-        "based_on": Generation(based_on),
-        "num_lines": 0,
-        "signature": SUBMITTER.sign(job.canonical()),
-    }
-    return Inquire(**{**fields, **changes})
-
-
-async def ask(n: Node, sender: Identity, message: Message, job: Manifest = GOOD) -> Stream:
-    stream = await n.stream(sender)
-    await stream.send(pack(message), job.canonical())
-    return stream
-
-
-async def answered(stream: Stream) -> Answer:
-    found = await answer(stream)
-    assert isinstance(found, Answer), found
-    return found
 
 
 # ---- promises, without a child -----------------------------------------------------------------

@@ -11,12 +11,12 @@ from worker_node import GOOD, ME, STRANGER, SUBMITTER, answer, assign, manifest,
 
 from swarmnode.domain import Generation, JobId
 from swarmnode.errors import PeerLostError
+from swarmnode.heartbeats import Ping
 from swarmnode.messages import (
     Answer,
     Begin,
     Failed,
     Message,
-    Ping,
     Release,
 )
 from swarmnode.p2p.identity import Identity

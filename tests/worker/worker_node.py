@@ -11,12 +11,14 @@ import pytest
 
 from swarmnode.domain import BlobRef, Generation, PeerId, Plan
 from swarmnode.errors import PeerLostError
+from swarmnode.heartbeats import Ping
 from swarmnode.manifest import DataContent, Manifest, ModelContent, PlacementConfig
 from swarmnode.messages import (
+    Answer,
     Assign,
+    Inquire,
     LinkReport,
     Message,
-    Ping,
     StateSource,
 )
 from swarmnode.p2p.blob_store import BlobStore
@@ -25,7 +27,7 @@ from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.p2p.switch import Switch
-from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, unpack
+from swarmnode.wire import CONTROL_PROTOCOL, MAX_CONTROL_BYTES, pack, unpack
 from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.service import WorkerService
 from swarmnode.worker.tools import HostTools
@@ -151,3 +153,26 @@ async def answer(stream: Stream) -> Message:
             message, _ = unpack(await stream.receive())
             if not isinstance(message, Ping):
                 return message
+
+
+def inquire(generation: int, based_on: int, job: Manifest = GOOD, **changes: Any) -> Inquire:
+    fields: dict[str, Any] = {
+        "job": job.job,
+        "generation": Generation(generation),
+        "based_on": Generation(based_on),
+        "num_lines": 0,
+        "signature": SUBMITTER.sign(job.canonical()),
+    }
+    return Inquire(**{**fields, **changes})
+
+
+async def ask(n: Node, sender: Identity, message: Message, job: Manifest = GOOD) -> Stream:
+    stream = await n.stream(sender)
+    await stream.send(pack(message), job.canonical())
+    return stream
+
+
+async def answered(stream: Stream) -> Answer:
+    found = await answer(stream)
+    assert isinstance(found, Answer), found
+    return found
