@@ -28,7 +28,9 @@ from swarmnode.messages import (
 MAX_ASKED = 32
 """Usable peers that are asked besides those whom the last plan and the new one name."""
 SEARCH_S = 20.0
-"""A stage that nobody can give is looked for so long: a disk may come back."""
+"""A stage that nobody can give is looked for so long: a disk may come back. Longer where what
+would be given up took longer to compute: so at most twice that time is lost."""
+MAX_SEARCH_S = 600.0
 CHECK_S = 900.0
 """So long at most while somebody who may have it says that it reads its disk."""
 
@@ -111,11 +113,13 @@ class Forming:
         inquire = Inquire(self.job, generation, known, 0, self.signature)
         return [Send(peer, inquire) for peer in due or self.inquiry.ask(peers, now_s)]
 
-    def is_overdue(self, now_s: float) -> bool:
-        """Whether what is missing has been looked for long enough."""
+    def is_overdue(self, now_s: float, redo_s: float) -> bool:
+        """Whether what is missing, and would take `redo_s` to compute again, has been looked for
+        long enough."""
         since_s = self._missing_since_s
         silent_s = now_s - max(since_s, self.inquiry.checked_s)
-        return bool(self.missing) and (silent_s >= SEARCH_S or now_s - since_s >= CHECK_S)
+        patience_s = max(SEARCH_S, min(redo_s, MAX_SEARCH_S))
+        return bool(self.missing) and (silent_s >= patience_s or now_s - since_s >= CHECK_S)
 
     @property
     def is_gathering(self) -> bool:

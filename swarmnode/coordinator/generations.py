@@ -98,7 +98,8 @@ class Generations(Moves):
         forming = self._forming
         if forming is not None:
             effects = forming.again(self.head, self.pool, now_s)
-            if forming.is_overdue(now_s) and forming.inquiry.rival(forming.missing) is None:
+            is_overdue = forming.is_overdue(now_s, self.redo_s)
+            if is_overdue and forming.inquiry.rival(forming.missing) is None:
                 return effects + self._go_back(now_s)
             if not forming.is_gathering:
                 return effects + self._take_stock(now_s)

@@ -140,9 +140,20 @@ class JobState:
         request = self.outlook.request(self.plan, peers, serves=serves, calm_s=calm_s)
         return [on.Improve(request)]
 
+    @property
+    def _complete_step(self) -> int:
+        """Of the newest complete state."""
+        return self.checkpoint.step if self.checkpoint else self.manifest.start_step
+
+    @property
+    def redo_s(self) -> float:
+        """How long it would take to compute again what `go_back` gives up."""
+        step_s = self.plan.predicted_step_s if self.plan is not None else 0.0
+        return (self.step - self._complete_step) * step_s
+
     def go_back(self) -> None:
         """To the newest complete state; what was committed since is given up."""
-        self.step = self.checkpoint.step if self.checkpoint else self.manifest.start_step
+        self.step = self._complete_step
         self.commits.rewind(self.step)
         self.progress.rewind(self.step)
 

@@ -112,6 +112,9 @@ class Hosting:
             return
         if end is not self._line and self.tenancy.obeys(sender):
             self._follow(end)
+            if not end.is_open:  # whoever asked has gone while we read or wrote
+                self.lost(end)
+                return
         if isinstance(message, Assign) and after is not None:
             self.work.carry_out(message)
             return

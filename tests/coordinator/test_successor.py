@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from swarmnode.coordinator import events as on
-from swarmnode.coordinator.forming import CHECK_S, SEARCH_S
+from swarmnode.coordinator.forming import CHECK_S, MAX_SEARCH_S, SEARCH_S
 from swarmnode.coordinator.progress import Progress
 from swarmnode.coordinator.votes import Votes
 from swarmnode.domain import BlobRef, Generation, PeerId, Plan, SlotId
@@ -226,4 +226,20 @@ def test_who_reads_is_waited_for_while_it_says_so_and_not_for_ever(
     started_s = bench.now_s
     wait(bench, holders[:num_saying], 2 * CHECK_S)
     assert "a stage is lost; back to step" in bench.ledger.reason
+    assert patience_s <= bench.now_s - started_s < patience_s + 2
+
+
+@pytest.mark.parametrize(
+    ("step_s", "patience_s"), [(0.1, SEARCH_S), (30.0, 90.0), (1e6, MAX_SEARCH_S)]
+)
+def test_what_took_longer_to_compute_is_looked_for_longer(step_s: float, patience_s: float) -> None:
+    bench, holders = reading(3)
+    assert bench.ledger.plan is not None
+    bench.ledger.plan = replace(bench.ledger.plan, predicted_step_s=step_s)
+    assert (bench.ledger.step, bench.ledger.checkpoint) == (3, None)
+    for peer in holders:
+        del bench.workers[peer]
+    started_s = bench.now_s
+    wait(bench, [], 2 * MAX_SEARCH_S)
+    assert "a stage is lost; back to step 0" in bench.ledger.reason
     assert patience_s <= bench.now_s - started_s < patience_s + 2
