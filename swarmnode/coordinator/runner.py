@@ -196,7 +196,7 @@ class JobRunner:
                     await asyncio.to_thread(self._tools.on_checkpoint)
                     await asyncio.to_thread(self._journal.fold_if_long)
             case on.Send(peer, message):
-                self._send(peer, message)
+                self._send(peer, await self._signed(message))
             case on.Hangup(peer):
                 line = self._lines.pop(peer, None)
                 if line is not None and line.task is not None:
@@ -216,15 +216,19 @@ class JobRunner:
             self._tools.log("not improved", job=self.ledger.job, reason=str(error)[:300])
         await self.tell(on.Improved(request.plan.generation, found))
 
-    def _send(self, peer: PeerId, message: Message) -> None:
+    async def _signed(self, message: Message) -> Message:
+        """With our right to say it, which is on the disk before anybody sees it."""
         if isinstance(message, Inquire):
             num_lines = self._journal.num_lines
-            message = replace(message, num_lines=num_lines, lease=self._tenure.shown(message))
-        elif isinstance(message, Assign):
+            return replace(message, num_lines=num_lines, lease=self._tenure.shown(message))
+        if isinstance(message, Assign | Adopt):
+            lease = await asyncio.to_thread(self._tenure.begun, message.plan)
+            return replace(message, lease=lease)
+        return message
+
+    def _send(self, peer: PeerId, message: Message) -> None:
+        if isinstance(message, Assign):
             self._tools.switch.join(self.ledger.job, message.plan)
-            message = replace(message, lease=self._tenure.begun(message.plan))
-        elif isinstance(message, Adopt):
-            message = replace(message, lease=self._tenure.begun(message.plan))
         line = self._lines.get(peer)
         if line is None and isinstance(message, Inquire | Assign):
             line = self._open(peer)
