@@ -13,7 +13,6 @@ from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Adopt,
     Adopted,
-    Answer,
     Assign,
     Begin,
     Commit,
@@ -30,6 +29,7 @@ from swarmnode.simulation.child_host import SimChildHost
 from swarmnode.simulation.keeping import SimKeeper
 from swarmnode.simulation.network import HEARTBEAT_S, End
 from swarmnode.simulation.world import Script
+from swarmnode.worker.answers import answer, refusal
 from swarmnode.worker.state_keeper import TENANCY_NAME
 from swarmnode.worker.tenancy import Tenancy
 
@@ -40,6 +40,8 @@ ORPHAN_S = 600.0
 """As in worker.hosting, which starts processes."""
 LOAD_S = (0.1, 0.1, 1.0, 8.0, 40.0)
 """How long a restarted daemon may read and check what it has on its disk."""
+SAVE_AGAIN_S = 10.0
+"""As in worker.service."""
 
 
 class Hosting:
@@ -142,11 +144,15 @@ class Hosting:
             self.keeper.change_layers(before.plan, after.plan)
         if after == before and self._is_saved:
             return True
+        return (yield from self._save())
+
+    def _save(self) -> Generator[float, None, bool]:
         self._is_saved = False
         disk = self._daemon.machine.disk
         yield disk.sync_s
+        said = json.dumps(self.tenancy.to_json()).encode()
         try:
-            disk.replace(f"{self._directory}/{TENANCY_NAME}", json.dumps(after.to_json()).encode())
+            disk.replace(f"{self._directory}/{TENANCY_NAME}", said)
         except OSError:
             return False
         self._is_saved = True
@@ -181,39 +187,16 @@ class Hosting:
             self.work.stop()
 
     def _answer(self, end: End, message: Inquire | Assign, *, is_granted: bool) -> None:
-        tenancy = self.tenancy
-        plan = tenancy.plan or self._prepared_plan
-        match message:
-            case Inquire(generation=asked):
-                generation = asked
-            case Assign(plan=assigned):
-                generation = assigned.generation
-        answer = Answer(
-            job=self.manifest.job,
-            generation=generation,
-            granted=is_granted,
-            promised=tenancy.promised,
-            promised_to=tenancy.promised_to,
-            held=() if plan is None else self.keeper.held(plan),
-            ready=self.keeper.readies(),
-            is_warm=self.work.is_warm,
-            in_touch=self._is_in_touch,
-            is_new=tenancy.plan is None,
-            is_over=tenancy.is_over,
-            adopted=tenancy.adopted,
-        )
-        self._daemon.swarm.answered(self._daemon.name, answer)
-        end.send(answer)
+        found = answer(
+            message, self.tenancy, self.keeper, self._prepared_plan, is_granted=is_granted,
+            is_warm=self.work.is_warm, in_touch=self._is_in_touch,
+        )  # fmt: skip
+        self._daemon.swarm.answered(self._daemon.name, found)
+        end.send(found)
 
     def _refuse(self, end: End, inquire: Inquire) -> None:
         """What somebody hears who may not ask."""
-        tenancy = self.tenancy
-        job, promised, promised_to = self.manifest.job, tenancy.promised, tenancy.promised_to
-        answer = Answer(
-            job, inquire.generation, False, promised, promised_to, (), (),
-            in_touch=self._is_in_touch, is_over=tenancy.is_over, adopted=tenancy.adopted,
-        )  # fmt: skip
-        end.send(answer)
+        end.send(refusal(self.tenancy, inquire, in_touch=self._is_in_touch))
 
     @property
     def _is_in_touch(self) -> bool:
@@ -268,9 +251,18 @@ class Hosting:
         if self._line is not None:
             self._line.close()
             self._line = None
-        released = replace(self.tenancy, is_released=True, is_over=is_over)
-        yield from self._promise(self.tenancy, released)
+        self.tenancy = replace(self.tenancy, is_released=True, is_over=is_over)
+        self.keeper.unsettle()
         self.keeper.remove()
+        if not (yield from self._save()):
+            self._daemon.start(self._save_release())
+
+    def _save_release(self) -> Script:
+        """Write what there was no room for as soon as there is, unless it has been written."""
+        while not self._is_saved:
+            yield SAVE_AGAIN_S
+            if not self._is_saved:
+                yield from self._save()
 
     def on_frame(self, frame: Frame, payload: bytes) -> None:
         if self.tenancy.accepts(frame.generation):

@@ -29,6 +29,7 @@ from swarmnode.messages import (
 from swarmnode.p2p.ports import Stream
 from swarmnode.p2p.session import Conversation
 from swarmnode.papers import Papers
+from swarmnode.worker.answers import answer, refusal
 from swarmnode.worker.child_host import ChildHost
 from swarmnode.worker.state_keeper import StateKeeper, load_tenancy, save_tenancy
 from swarmnode.worker.tenancy import Tenancy
@@ -61,6 +62,8 @@ class JobHost:
         self._lock = asyncio.Lock()
         self._is_loaded = False
         self._is_saved = True
+        self.has_unsaved_release = False
+        """Whether the disk does not know yet that we were let go: only this object does."""
         self._group: asyncio.TaskGroup | None = None
         self._began = asyncio.Event()
         self._ended = asyncio.Event()
@@ -128,7 +131,7 @@ class JobHost:
                 await self._load()
                 if not self.tenancy.may_ask(message, sender, self._tools.verify_lease):
                     if isinstance(message, Inquire):
-                        return self._refusal(message)
+                        return refusal(self.tenancy, message, in_touch=self._is_in_touch)
                     raise ProtocolError(f"{sender} does not coordinate job {self.job}")
                 before = self.tenancy
                 if isinstance(message, Inquire):
@@ -161,20 +164,14 @@ class JobHost:
         if after.plan is not None and after.plan is not before.plan:
             await asyncio.to_thread(self.keeper.change_layers, before.plan, after.plan)
         if after != before or not self._is_saved:
-            self._is_saved = False  # a full disk now must not make the next question's yes empty
-            await asyncio.to_thread(
-                save_tenancy, self._directory, after, self._canonical, self._signature
-            )
-            self._is_saved = True
+            await self._save()
 
-    def _refusal(self, inquire: Inquire) -> Answer:
-        """What somebody hears who may not ask: whom to leave it to, and nothing else."""
-        tenancy = self.tenancy
-        promised, promised_to = tenancy.promised, tenancy.promised_to
-        return Answer(
-            self.job, inquire.generation, False, promised, promised_to, (), (),
-            in_touch=self._is_in_touch, is_over=tenancy.is_over, adopted=tenancy.adopted,
-        )  # fmt: skip
+    async def _save(self) -> None:
+        self._is_saved = False  # a full disk now must not make the next question's yes empty
+        await asyncio.to_thread(
+            save_tenancy, self._directory, self.tenancy, self._canonical, self._signature
+        )
+        self._is_saved, self.has_unsaved_release = True, False
 
     @property
     def _is_in_touch(self) -> bool:
@@ -184,29 +181,13 @@ class JobHost:
     def _answer(
         self, message: Inquire | Assign, sender: PeerId, before: Tenancy, *, is_granted: bool
     ) -> Answer:
-        tenancy, vote = self.tenancy, b""
-        plan = tenancy.plan or self._prepared_plan
-        if isinstance(message, Assign):
-            generation = message.plan.generation
-        else:
-            generation = message.generation
-            if is_granted and sender != before.coordinator:
-                vote = self._tools.vote(message, sender)
-        return Answer(
-            job=self.job,
-            generation=generation,
-            granted=is_granted,
-            promised=tenancy.promised,
-            promised_to=tenancy.promised_to,
-            held=() if plan is None else self.keeper.held(plan),
-            ready=self.keeper.readies(),
-            vote=vote,
-            is_warm=self._work.is_warm,
-            in_touch=self._is_in_touch,
-            is_new=tenancy.plan is None,
-            is_over=tenancy.is_over,
-            adopted=tenancy.adopted,
-        )
+        vote = b""
+        if isinstance(message, Inquire) and is_granted and sender != before.coordinator:
+            vote = self._tools.vote(message, sender)
+        return answer(
+            message, self.tenancy, self.keeper, self._prepared_plan, is_granted=is_granted,
+            is_warm=self._work.is_warm, in_touch=self._is_in_touch, vote=vote,
+        )  # fmt: skip
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -238,13 +219,31 @@ class JobHost:
             self._stop_waiting()
             if self._talk is not None:
                 self._talk.cancel()
-            await self._work.stop()
-            if self._release is not None:
-                before, is_over = self.tenancy, self._release.is_over
-                self._release = None
-                await self._promise(before, replace(before, is_released=True, is_over=is_over))
-                await asyncio.to_thread(self.keeper.remove)
-            self._stopped.set()
+            try:
+                await self._work.stop()
+                if self._release is not None:
+                    release, self._release = self._release, None
+                    await self._let_go(release)
+            finally:
+                self._stopped.set()
+
+    async def _let_go(self, release: Release) -> None:
+        """Delete everything of the job but what was promised, which may need the room.
+
+        Raises: SwarmError if that cannot be written even then; `save_release` tries again.
+        """
+        async with self._lock:
+            self.tenancy = replace(self.tenancy, is_released=True, is_over=release.is_over)
+            self.has_unsaved_release = True
+            await asyncio.to_thread(self.keeper.unsettle)
+            await asyncio.to_thread(self.keeper.remove)
+            await self._save()
+
+    async def save_release(self) -> None:
+        """Write what the last release left unwritten. Raises: SwarmError if the disk fails."""
+        async with self._lock:
+            if self.has_unsaved_release:
+                await self._save()
 
     async def serve(self, stream: Stream, first: Inquire | Assign, answer: Answer | None) -> None:
         """Talk with the coordinator at the other end, in place of the one before.

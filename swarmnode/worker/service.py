@@ -30,6 +30,8 @@ MAX_JOBS = 4
 """Jobs that a node works for at once: each has a child of its own."""
 SAY_AGAIN_S = 1.0
 """Who leaves says so again after so long, until it is let go."""
+SAVE_AGAIN_S = 10.0
+"""Between two looks whether a full disk has room for what was promised at a job's end."""
 KEPT_S = 7 * 86400.0
 """How long the files of a job stay that nobody asks for."""
 
@@ -70,7 +72,7 @@ class WorkerService:
     def papers(self, job: JobId) -> Papers | None:
         """What we have in hand of a job, also of one that an earlier life worked for."""
         host = self._hosts.get(job)
-        if host is not None and host.papers is not None:
+        if host is not None and (host.papers is not None or host.has_unsaved_release):
             return host.papers
         found = load_tenancy(self._tools.directory / job)
         if found is None:
@@ -166,10 +168,21 @@ class WorkerService:
         finally:
             self._forget(host)
             self._log("job left", job=host.job)
+        if host.has_unsaved_release:
+            await self._save_release(host)
+
+    async def _save_release(self, host: JobHost) -> None:
+        """Write that a job was left as soon as there is room, unless it is taken up before."""
+        while host.has_unsaved_release:
+            await asyncio.sleep(SAVE_AGAIN_S)
+            with contextlib.suppress(SwarmError):
+                await host.save_release()
+        self._log("release written", job=host.job)
+        self._forget(host)
 
     def _forget(self, host: JobHost) -> None:
         """What is not held in memory is read from the disk when somebody asks again."""
-        idle = not host.is_running and not host.num_asking
+        idle = not host.is_running and not host.num_asking and not host.has_unsaved_release
         if idle and self._hosts.get(host.job) is host:
             del self._hosts[host.job]
 

@@ -1,10 +1,15 @@
 """The real machines under every fault, over seeds; `make simulate` runs many more."""
 
+import json
+
 import pytest
 
+from swarmnode.domain import PeerId
+from swarmnode.simulation.hosting import SAVE_AGAIN_S
 from swarmnode.simulation.outcome import run_seed
 from swarmnode.simulation.scenario import JobSection, Scenario
 from swarmnode.simulation.swarm import Swarm
+from swarmnode.worker.tenancy import Tenancy
 from tests.simulation.scenarios import CALM, FAULTS, PEACE
 
 ONCE_FAILED = (
@@ -153,3 +158,29 @@ def test_a_coordinator_whose_disk_was_full_goes_on_or_follows_without_a_restart(
         assert swarm.world.now_s < 600.0
         swarm.world.step()
     assert swarm.daemons[first] is daemon
+
+
+def test_who_is_let_go_while_its_disk_is_full_writes_so_when_there_is_room() -> None:
+    swarm = Swarm(Scenario(name="released", jobs=(JobSection(steps=40),)), 0)
+    (job,) = swarm.manifests
+    coordinator = swarm.daemons[swarm.manifests[job].submitter]
+    while (runner := coordinator.runners.get(job)) is None or runner.ledger.phase != "training":
+        swarm.world.step()
+    assert runner.ledger.plan is not None
+    workers = runner.ledger.plan.workers()
+    (spare,) = (name for name in swarm.daemons if PeerId(name) not in workers)
+    hosting, disk = swarm.daemons[spare].hostings[job], swarm.network.machines[spare].disk
+    assert not hosting.tenancy.is_released, "it was asked, and got no slot"
+    disk.is_full = True
+    while not hosting.tenancy.is_released or swarm.world.now_s < 5.0:
+        swarm.world.step()
+
+    def written() -> bool:
+        return Tenancy.from_json(json.loads(disk.read(f"jobs/{job}/tenancy.json"))).is_released
+
+    assert not written()
+    disk.is_full = False
+    since_s = swarm.world.now_s
+    while not written():
+        assert swarm.world.now_s < since_s + 2 * SAVE_AGAIN_S
+        swarm.world.step()
