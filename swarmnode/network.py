@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from swarmnode.config import NodeConfig
 from swarmnode.errors import BusyError, PeerError, UserError
@@ -31,10 +32,16 @@ def load_last_life(home: Path) -> LastLife:
     """What `save_last_life` wrote; nothing if there is none, or it is damaged."""
     try:
         stored = json.loads((home / NETWORK_FILE).read_text(encoding="utf-8"))
-        ports = (int(stored["directory_port"]), int(stored["transport_port"]))
+        ports = (_port(stored["directory_port"]), _port(stored["transport_port"]))
         return LastLife(*ports, tuple(str(address) for address in stored["join"]))
     except (OSError, ValueError, KeyError, TypeError):
         return LastLife()
+
+
+def _port(stored: Any) -> int:
+    """0, for any, where it cannot be one: others find us under another then."""
+    port = int(stored)
+    return port if 0 <= port < 1 << 16 else 0
 
 
 def save_last_life(home: Path, life: LastLife) -> None:

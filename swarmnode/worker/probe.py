@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pynvml
+from pydantic import TypeAdapter
 
 from swarmnode.children import python_module, spawn_child
 from swarmnode.domain import DeviceSpec
@@ -25,6 +26,7 @@ _FILE = "device.json"
 _MAX_MESSAGE_BYTES = 1 << 16
 _TIMEOUT_S = 120.0
 """Importing torch from a cold disk takes most of it; the measurement a third of a second."""
+_SPEC = TypeAdapter(DeviceSpec)
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 """Environment that changes what torch finds."""
 
@@ -145,7 +147,7 @@ def _read(path: Path, key: str) -> DeviceSpec | None:
     """What was measured for this key; None if nothing was, or the file is damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        return DeviceSpec(**content["spec"]) if content["key"] == key else None
+        return _SPEC.validate_python(content["spec"]) if content["key"] == key else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

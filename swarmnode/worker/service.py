@@ -53,6 +53,8 @@ class WorkerService:
         self._on_dropped = on_dropped
         self._log = log
         self._hosts: dict[JobId, JobHost] = {}
+        self._unreadable: set[JobId] = set()
+        """Jobs of which the log says that their papers cannot be read."""
         drop_old_folders(tools.directory, time.time())
         transport.serve(CONTROL_PROTOCOL, self._accept, max_message_bytes=MAX_CONTROL_BYTES)
 
@@ -70,17 +72,26 @@ class WorkerService:
         return host is not None and host.names(peer)
 
     def papers(self, job: JobId) -> Papers | None:
-        """What we have in hand of a job, also of one that an earlier life worked for."""
+        """What we have in hand of a job, also of one that an earlier life worked for.
+
+        None too where that is damaged, or of another version; the log says so once.
+        """
         host = self._hosts.get(job)
         if host is not None and (host.papers is not None or host.has_unsaved_release):
             return host.papers
-        found = load_tenancy(self._tools.directory / job)
-        if found is None:
+        try:
+            found = load_tenancy(self._tools.directory / job)
+            if found is None:
+                return None
+            tenancy, canonical, signature = found
+            if tenancy.plan is None or tenancy.is_released:
+                return None
+            manifest = check(Manifest, json.loads(canonical), "manifest")
+        except (SwarmError, ValueError, RecursionError) as error:
+            if job not in self._unreadable:
+                self._unreadable.add(job)
+                self._log("papers not readable", job=job, reason=str(error))
             return None
-        tenancy, canonical, signature = found
-        if tenancy.plan is None or tenancy.is_released:
-            return None
-        manifest = check(Manifest, json.loads(canonical), "manifest")
         return Papers(manifest, canonical, signature, tenancy.plan, tenancy.lease)
 
     async def restore(self) -> None:
@@ -225,8 +236,10 @@ def slots_of(hosts: Iterable[JobHost], me: PeerId) -> tuple[str, ...]:
 
 
 def drop_old_folders(directory: Path, now_s: float) -> None:
-    """Delete the folders of jobs in which nothing was written for KEPT_S."""
+    """Delete the folders of jobs in which nothing was written for KEPT_S, and leave alone what
+    cannot be looked at."""
     for folder in directory.iterdir() if directory.is_dir() else ():
-        times = [path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.exists()]
-        if folder.is_dir() and max(times) < now_s - KEPT_S:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            times = [path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.exists()]
+            if folder.is_dir() and max(times) < now_s - KEPT_S:
+                shutil.rmtree(folder, ignore_errors=True)
