@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -50,6 +51,16 @@ def read_state(data: bytes) -> StageState:
     return StageState(bytes.fromhex(state.decode()), int(step))
 
 
+@dataclass
+class _Write:
+    """A copy of a state on its way to a file."""
+
+    step: int
+    path: str
+    data: bytes
+    reports: list[Callable[[str], None]]
+
+
 class Child:
     """One job's stages on one machine, in one life of the child process."""
 
@@ -68,7 +79,8 @@ class Child:
         self._generation = Generation(-1)
         self._directory = Path()
         self._works = False
-        self._writing: dict[int, tuple[int, list[Callable[[str], None]]]] = {}
+        self._writes: dict[int, list[_Write]] = {}
+        """Of each stage the file that is written now, and one that waits for it."""
         self.lives = True
         self.dropped: Counter[str] = Counter()
 
@@ -216,10 +228,10 @@ class Child:
             else:
                 self._report_file(export.generation, export.step, export.stage, path)
 
-        writing = self._writing.get(export.stage)
-        if writing is not None and writing[0] == export.step:
-            writing[1].append(report)
-            return
+        for write in self._writes.get(export.stage, ()):
+            if write.step == export.step:
+                write.reports.append(report)
+                return
         state = self._held.get(export.stage)
         if state is None or state.step != export.step:
             self.dropped["export"] += 1
@@ -229,6 +241,8 @@ class Child:
     def _snapshot(self, step: int) -> None:
         generation = self._generation
         for stage, state in self._held.items():
+            if stage in self._writes:
+                continue  # as in worker.engine: the log has the rest
             path = str(state_path(self._directory, stage, step, "snapshot"))
 
             def report(found: str, stage: int = stage) -> None:
@@ -239,25 +253,34 @@ class Child:
     def _write(
         self, stage: int, state: StageState, path: str, report: Callable[[str], None]
     ) -> None:
-        """Write a copy aside; whoever wants the same file meanwhile is told of it too."""
-        data, waiting = state_bytes(state), [report]
-        self._writing[stage] = (state.step, waiting)
+        """Write a copy aside, behind the one at hand and in place of another one that waits;
+        whoever wants the same file meanwhile is told of it too."""
+        writes = self._writes.setdefault(stage, [])
+        if len(writes) > 1:
+            self.dropped["export"] += len(writes.pop().reports)
+        writes.append(_Write(state.step, path, state_bytes(state), [report]))
+        if len(writes) == 1:
+            self._begin_write(stage)
 
-        def finish() -> None:
-            if not self.lives:
-                return
-            found = path
-            try:
-                self._disk.replace(path, data)
-            except OSError:
-                found = ""
-            if self._writing.get(stage, (0, None))[1] is waiting:
-                del self._writing[stage]
-            for each in waiting:
-                each(found)
-
+    def _begin_write(self, stage: int) -> None:
         delay_s = self._write_s * (0.5 + self._world.random.random()) + self._disk.sync_s
-        self._world.after(delay_s, self._process, finish)
+        self._world.after(delay_s, self._process, self._finish_write, stage)
+
+    def _finish_write(self, stage: int) -> None:
+        if not self.lives:
+            return
+        write = self._writes[stage].pop(0)
+        found = write.path
+        try:
+            self._disk.replace(found, write.data)
+        except OSError:
+            found = ""
+        if self._writes[stage]:
+            self._begin_write(stage)
+        else:
+            del self._writes[stage]
+        for each in write.reports:
+            each(found)
 
     def _report_file(self, generation: Generation, step: int, stage: int, path: str) -> None:
         self._tell(Exported(self.job, generation, step, stage, path), b"")

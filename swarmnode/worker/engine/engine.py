@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,10 +215,15 @@ class Engine:
         self._conversations.take(message, payload)
 
     def _export(self, export: Export) -> None:
-        """Write a stage while computing goes on; or wait for its snapshot that is being written."""
+        """Write a stage while computing goes on; or wait for its snapshot that is being written.
+
+        Behind that of another step it waits, and of those who wait the newest counts.
+        """
 
         def report(path: Path, error: BaseException | None) -> None:
-            if error is not None:
+            if isinstance(error, CancelledError):
+                self.dropped["export"] += 1
+            elif error is not None:
                 self._send(Failed(export.job, export.generation, _one_line(error)), b"")
             else:
                 self._report_file(export.generation, export.step, export.stage, str(path))
@@ -231,9 +237,12 @@ class Engine:
         self._snapshots.start(export.stage, state, Path(export.path), report)
 
     def _snapshot(self, step: int) -> None:
-        """Write every stage, which is now at `step`; what fails costs the snapshot, no more."""
+        """Write every stage, which is now at `step`; what fails costs the snapshot, no more. Nor
+        is there one while the last is not written: the disk is slower, and the log has the rest."""
         generation = self._generation
         for stage, state in self._held.items():
+            if self._snapshots.is_writing(stage):
+                continue
 
             def report(path: Path, error: BaseException | None, stage: int = stage) -> None:
                 if error is not None:

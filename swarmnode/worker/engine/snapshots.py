@@ -5,7 +5,8 @@ read it, and the next optimizer step waits until it is copied. Another thread wr
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -14,54 +15,96 @@ from swarmnode.worker.models import save_tensors
 from swarmnode.worker.training.state import StageState
 
 OnDone = Callable[[Path, BaseException | None], None]
-"""Called in another thread with the file, and with what went wrong if it is not there."""
+"""Called, mostly in another thread, with the file, and with what went wrong if it is not there:
+CancelledError if a newer state was written in its place."""
+
+
+@dataclass(eq=False)
+class _Write:
+    """A state on its way to a file."""
+
+    step: int
+    path: Path
+    written: Future[None] = field(default_factory=Future)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """What is copied so far; nothing any more once it is written, or need not be."""
 
 
 class Snapshots:
-    """Copies and writes, one state after the other, in the order in which they were asked for."""
+    """Copies and writes, one state after the other, in the order in which they were asked for.
+
+    Bound: of each stage at most two copies, the one that is written next, or now, and one that
+    waits for it. Whoever can do without asks `is_writing` before.
+    """
 
     def __init__(self) -> None:
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._newest: dict[int, tuple[int, Future[Path]]] = {}
+        self._writes: dict[int, list[_Write]] = {}
+        """Of each stage what is not written yet, and the newest."""
+
+    def is_writing(self, stage: int) -> bool:
+        """Whether something of `stage` is not written yet."""
+        return any(not write.written.done() for write in self._writes.get(stage, ()))
 
     def start(self, stage: int, state: StageState, path: Path, on_done: OnDone) -> None:
-        """Write `state` as it is now to `path`; it appears there complete or not at all."""
-        written: Future[Path] = Future()
-        self._newest[stage] = (state.step, written)
-        written.add_done_callback(lambda done: on_done(path, done.exception()))
-        state.copying = self._copier.submit(self._copy, state.tensors(), path, written)
+        """Write `state` as it is now to `path`; it appears there complete or not at all.
+
+        It takes the place of another one of `stage` that waits for the one that is written.
+        """
+        unfinished = [w for w in self._writes.get(stage, ()) if not w.written.done()]
+        if len(unfinished) > 1 and unfinished[-1].written.cancel():
+            unfinished.pop().tensors.clear()
+        write = _Write(state.step, path)
+        self._writes[stage] = [*unfinished, write]
+        _report(write, on_done)
+        state.copying = self._copier.submit(self._copy, state.tensors(), write)
 
     def await_existing(self, stage: int, step: int, on_done: OnDone) -> bool:
-        """Call `on_done` when the newest file of `stage` is written, if it is of `step`."""
-        newest = self._newest.get(stage)
-        if newest is None or newest[0] != step:
-            return False
-
-        def report(done: Future[Path]) -> None:
-            error = done.exception()
-            on_done(Path() if error is not None else done.result(), error)
-
-        newest[1].add_done_callback(report)
-        return True
+        """Call `on_done` when the file of `stage` is written that is on its way, or was the
+        newest, if it is of `step`."""
+        for write in self._writes.get(stage, ()):
+            if write.step == step:
+                _report(write, on_done)
+                return True
+        return False
 
     def close(self) -> None:
         """Finish what was started."""
         self._copier.shutdown()
         self._writer.shutdown()
 
-    def _copy(self, tensors: dict[str, Tensor], path: Path, written: Future[Path]) -> None:
+    def _copy(self, tensors: dict[str, Tensor], write: _Write) -> None:
         try:
-            copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-            self._writer.submit(self._write, copies, path, written)
+            for name, tensor in tensors.items():
+                write.tensors[name] = tensor.detach().to("cpu", copy=True)
+                if write.written.cancelled():
+                    write.tensors.clear()
+                    return
+            self._writer.submit(self._write, write)
         except BaseException as error:  # out of memory: whoever waits for the file must know
-            written.set_exception(error)
+            write.tensors.clear()
+            if write.written.set_running_or_notify_cancel():
+                write.written.set_exception(error)
 
-    def _write(self, tensors: dict[str, Tensor], path: Path, written: Future[Path]) -> None:
+    def _write(self, write: _Write) -> None:
+        if not write.written.set_running_or_notify_cancel():
+            return
+        failure: BaseException | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(path, tensors)
+            write.path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(write.path, write.tensors)
         except BaseException as error:
-            written.set_exception(error)
+            failure = error
+        write.tensors.clear()
+        if failure is None:
+            write.written.set_result(None)
         else:
-            written.set_result(path)
+            write.written.set_exception(failure)
+
+
+def _report(write: _Write, on_done: OnDone) -> None:
+    def report(done: Future[None]) -> None:
+        on_done(write.path, CancelledError() if done.cancelled() else done.exception())
+
+    write.written.add_done_callback(report)
