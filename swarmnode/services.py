@@ -251,7 +251,7 @@ class Services:
             except SwarmError as error:
                 self._log("advert not stored", reason=str(error))
             await asyncio.sleep(lease_s / 3)
-            with contextlib.suppress(ChildError):  # what was measured before still holds
+            with contextlib.suppress(ChildError, OSError):  # what was measured before still holds
                 self._device = await probe(self._config.home)
 
     async def look(self) -> None:

@@ -97,7 +97,9 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         raise DataError(f"{folder} has no tokenizer.json")
     try:
         plain, special = Tokenizer.from_str(source), Tokenizer.from_str(source)
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower; a panic is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise DataError(f"{folder / 'tokenizer.json'} is not a tokenizer") from error
     plain.encode_special_tokens = True
     for tokenizer in (plain, special):

@@ -3,6 +3,7 @@
 Times are of the machine's monotonic clock, in seconds, so the files of one machine compare.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Protocol
@@ -32,10 +33,12 @@ class TraceFile:
         self._file = path.open("a", buffering=1, encoding="ascii")
 
     def span(self, what: str, began_s: float, ended_s: float, /, **facts: Fact) -> None:
-        """Write one line. See `OnSpan`."""
+        """Write one line, or go without it where the disk takes none. See `OnSpan`."""
         line = {"what": what, "began_s": round(began_s, 6), "ended_s": round(ended_s, 6), **facts}
-        self._file.write(json.dumps(line) + "\n")
+        with contextlib.suppress(OSError):
+            self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()

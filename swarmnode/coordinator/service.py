@@ -163,7 +163,7 @@ class CoordinatorService:
                         raise
                     waiting = self._start_later(path.parent, full, start)
                     self._group.create_task(waiting, name=f"room for {path.parent.name}")
-            except (SwarmError, OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
                 self._tools.log("job not restored", path=str(path), reason=str(error))
         self._group.create_task(self.checkpoints.run(), name="checkpoints")
 
@@ -193,7 +193,7 @@ class CoordinatorService:
 
         try:
             await when_there_is_room(directory, failure, start_once, say)
-        except (SwarmError, OSError) as error:
+        except Exception as error:  # as in `restore`
             self._tools.log("job not restored", path=str(directory), reason=str(error))
 
     def take_over(self, papers: Papers) -> None:
@@ -309,7 +309,11 @@ class CoordinatorService:
         except Exception as error:  # a broken disk, or a bug of ours: the node's other jobs go on
             cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
             self._tools.log("job gave up", job=job, reason=str(cause))
-            await runner.give_up(f"{type(cause).__name__}: {cause}; restart the node to go on")
+            try:
+                reason = f"{type(cause).__name__}: {cause}; restart the node to go on"
+                await runner.give_up(reason)
+            except Exception as other:  # its figures cannot even be shown
+                self._tools.log("job not shown", job=job, reason=str(other))
 
     def _readable(self, records: Sequence[on.Record]) -> list[on.Record]:
         """The journal without checkpoints of which a chunk is gone or damaged.

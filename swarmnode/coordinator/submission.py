@@ -218,13 +218,17 @@ def _publish_folder(folder: Path, store: BlobStore) -> BlobRef:
 
 
 def unpack_folder(data: bytes, folder: Path) -> None:
-    """Write the files of `_publish_folder` into `folder`. Raises: DataError."""
+    """Write the files of `_publish_folder` into `folder`. Raises: DataError, OSError."""
     try:
         texts = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"a tokenizer blob that is not JSON: {error}") from None
     if not isinstance(texts, dict) or not set(texts) <= set(TOKENIZER_FILES):
         raise DataError("a tokenizer blob with unknown files")
+    try:
+        files = {name: text.encode() for name, text in texts.items()}
+    except (AttributeError, UnicodeEncodeError):
+        raise DataError("a tokenizer blob with a file that is not text") from None
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(str(text), encoding="utf-8")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

@@ -11,7 +11,6 @@ from swarmnode.coordinator.events import CheckpointRecord, EndRecord
 from swarmnode.coordinator.retention import keep_state
 from swarmnode.coordinator.standby import StandbyJournals
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
-from swarmnode.errors import SwarmError
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient, Provider
 from swarmnode.papers import Papers
@@ -105,15 +104,15 @@ class Succession:
     async def _stand(self, job: JobId, rank: int) -> None:
         await asyncio.sleep(PATIENCE_S + NEXT_S * (rank - 1))
         del self._waiting[job]
-        papers = self._papers(job)
-        if papers is None or not self._journals.num_lines(job):
-            return
-        self._log("stands for election", job=job, generation=papers.plan.generation)
         try:
+            papers = self._papers(job)
+            if papers is None or not self._journals.num_lines(job):
+                return
+            self._log("stands for election", job=job, generation=papers.plan.generation)
             if not self._store.has(papers.manifest.tokenizer):
                 await self._fetch(papers, [papers.manifest.tokenizer])
             self._take_over(papers)
-        except (SwarmError, OSError) as error:
+        except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
             self._log("cannot take over", job=job, reason=str(error))
 
     async def _provide(self, papers: Papers) -> None:
@@ -124,7 +123,7 @@ class Succession:
             for ref in (manifest.data.train, manifest.data.validation) if manifest.data else ():
                 await self._fetch(papers, [ref])
                 await self._fetch(papers, list(TokenIndex.parse(self._store.read(ref)).chunks))
-        except (SwarmError, OSError) as error:
+        except Exception as error:  # as in `_stand`
             self._log("not ready to take over", job=manifest.job, reason=str(error))
 
     async def _keep(self, papers: Papers, record: CheckpointRecord) -> None:
@@ -133,10 +132,9 @@ class Succession:
             job, providers = papers.manifest.job, self._providers(papers.plan)
             for ref in record.indexes:
                 await keep_state(job, ref, providers, self._blobs, self._store)
-        except (SwarmError, OSError) as error:
-            self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
-        else:
             await asyncio.to_thread(self._forget_replaced)
+        except Exception as error:  # as in `_stand`
+            self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
 
     async def _fetch(self, papers: Papers, refs: list[BlobRef]) -> None:
         await self._blobs.fetch_all(papers.manifest.job, refs, self._providers(papers.plan))

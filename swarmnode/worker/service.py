@@ -97,7 +97,10 @@ class WorkerService:
     async def restore(self) -> None:
         """Wait for the coordinators of an earlier life's jobs, or for what follows without one."""
         for folder in sorted(self._tools.directory.glob("*/")):
-            self._tools.on_orphaned(JobId(folder.name))
+            try:
+                self._tools.on_orphaned(JobId(folder.name))
+            except Exception as error:  # what one job left cannot be read: the others go on
+                self._log("job not taken up", job=folder.name, reason=str(error))
 
     async def leave(self) -> None:
         """Give every slot to others; returns when coordinators have let us go, or are gone.

@@ -195,8 +195,9 @@ def test_a_long_sequence_is_no_matter_where_nothing_is_trained(world: World) -> 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff", b"[]", b"null", b'{"../up": ""}', b'{"config.json": ""}', b'{"/etc/x": "y"}'],
-)
+    [b"", b"\xff", b"[]", b"null", b'{"../up": ""}', b'{"config.json": ""}', b'{"/etc/x": "y"}',
+     b'{"tokenizer.json": "\\ud800"}', b'{"tokenizer.json": 7}', b'{"tokenizer.json": null}'],
+)  # fmt: skip
 def test_a_folder_of_a_stranger_with_other_files_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(DataError):
         unpack_folder(data, tmp_path / "there")

@@ -82,7 +82,7 @@ class Node:
         self.links: tuple[LinkReport, ...] = ()
         transport = network.transport(ME.peer)
         self.store = store = BlobStore(folder / "blobs")
-        tools = HostTools(
+        self.tools = tools = HostTools(
             me=ME.peer,
             incarnation=1,
             directory=folder / "jobs",
