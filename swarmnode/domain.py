@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, NewType
+from typing import Annotated, Literal, NamedTuple, NewType
+
+from pydantic import Field
 
 PeerId = NewType("PeerId", str)
 """A libp2p peer id in base58: the hash of the peer's Ed25519 public key."""
@@ -10,6 +12,8 @@ JobId = NewType("JobId", str)
 """The first 16 hex digits of the SHA-256 of the job's canonical manifest."""
 Generation = NewType("Generation", int)
 """The fencing token: grows with every change of a placement; lower ones are dropped."""
+MAX_BLOB_BYTES = 16 << 20
+"""Largest blob: a chunk is 1 MiB, an index may be larger."""
 
 
 class SlotId(NamedTuple):
@@ -113,10 +117,11 @@ class LinkPreset(NamedTuple):
 
 @dataclass(frozen=True)
 class BlobRef:
-    """Content by its hash: at most `wire.MAX_BLOB_BYTES`, checked before it is used."""
+    """Content by its hash. Wherever one is parsed (a message, a manifest, a line of a journal), it
+    is refused unless it can name something."""
 
-    sha256: str
-    num_bytes: int
+    sha256: Annotated[str, Field(min_length=64, max_length=64, pattern=r"^[0-9a-f]+$")]
+    num_bytes: Annotated[int, Field(strict=True, ge=0, le=MAX_BLOB_BYTES)]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 from pydantic import TypeAdapter, ValidationError
 
+from swarmnode.domain import MAX_BLOB_BYTES as MAX_BLOB_BYTES
 from swarmnode.engine_messages import EngineMessage
 from swarmnode.errors import ProtocolError
 from swarmnode.messages import (
@@ -23,8 +24,6 @@ MAX_CONTROL_BYTES = 4 << 20
 """Largest message on a control stream."""
 MAX_TENSOR_BYTES = 256 << 20
 """Largest message on a tensor stream, whatever the plan says; the plan usually allows less."""
-MAX_BLOB_BYTES = 16 << 20
-"""Largest blob: a chunk is 1 MiB, an index may be larger."""
 CHUNK_BYTES = 1 << 20
 
 CONTROL_PROTOCOL = "/swarmnode/control/1"

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmnode.domain import Generation, JobId
+from swarmnode.domain import BlobRef, Generation, JobId, SlotId
 from swarmnode.errors import ProtocolError
 from swarmnode.heartbeats import Ping
 from swarmnode.messages import (
     Begin,
     Failed,
     Message,
+    Ready,
 )
 from swarmnode.wire import MAX_HEADER_BYTES, pack, unpack
 
@@ -59,9 +60,11 @@ def bounded(kind: Any, rules: list[Any]) -> st.SearchStrategy[Any]:
 
     kind = kind.__supertype__ if isinstance(kind, NewType) else kind
     if any(getattr(rule, "pattern", None) for rule in rules):
-        return st.text("0123456789abcdef", min_size=8, max_size=64)
+        least, most = bound("min_length", 8), bound("max_length", 64)
+        return st.text("0123456789abcdef", min_size=least, max_size=most)
     if kind is int:
-        return st.integers(bound("ge", -(1 << 63)), bound("lt", 1 << 63) - 1)
+        most = min(bound("lt", 1 << 63) - 1, bound("le", 1 << 63))
+        return st.integers(bound("ge", -(1 << 63)), most)
     if kind is float:
         least = bound("ge", 0) or bound("gt", 0) or 1e-3
         return st.floats(least, bound("le", 1))
@@ -228,3 +231,11 @@ def test_a_generation_that_no_message_can_carry_is_refused() -> None:
     body = {"t": "Begin", "job": JOB, "generation": "9" * 30, "step": 1}
     message = read_or_refuse(wire(body))
     assert message is None or isinstance(unpack(pack(message))[0], Begin)
+
+
+@pytest.mark.parametrize("ref", [BlobRef("x", 1), BlobRef("A" * 64, 1), BlobRef("a" * 64, 1 << 40)])
+def test_a_message_that_names_no_content_is_refused(ref: BlobRef) -> None:
+    """A coordinator writes what a worker names into its journal, which must be readable again."""
+    ready = Ready(JOB, Generation(1), 0, SlotId(0, 0), (), ref, (), ())
+    with pytest.raises(ProtocolError, match="update"):
+        unpack(pack(ready))

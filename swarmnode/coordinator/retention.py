@@ -18,8 +18,8 @@ def chunks_of(store: BlobStore, records: Sequence[CheckpointRecord]) -> set[Blob
     refs = {ref for record in records for ref in record.indexes}
     found = set(refs)
     for ref in refs:
-        if store.has(ref):
-            with contextlib.suppress(SwarmError):  # damaged: nobody can use its chunks
+        with contextlib.suppress(SwarmError):  # damaged: nobody can use its chunks
+            if store.has(ref):
                 found |= set(TensorIndex.from_json(store.read(ref)).chunks())
     return found
 

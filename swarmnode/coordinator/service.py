@@ -341,7 +341,14 @@ class CoordinatorService:
 
         Two, because a worker may be fetching the older one while the newer is written. Jobs may
         share chunks, so those that are coordinated here and those of others are looked at together.
+        What goes wrong is logged: chunks that stay too long cost nothing but room.
         """
+        try:
+            self._forget_replaced()
+        except Exception as error:
+            self._tools.log("old chunks stay", reason=str(error))
+
+    def _forget_replaced(self) -> None:
         self.checkpoints.forget_replaced()
         store, kept = self._tools.store, set[BlobRef]()
         for job in self.jobs:

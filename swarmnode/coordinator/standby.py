@@ -1,5 +1,6 @@
 """What a node keeps of jobs that others coordinate, so that it can take over: their journals."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -75,8 +76,11 @@ class StandbyJournals:
 
     def checkpoints(self) -> list[list[CheckpointRecord]]:
         """Of each job the checkpoints that its journal tells of, the oldest first."""
-        journals = [read_journal(path)[0] for path in self._directory.glob(f"*/{JOURNAL_FILE}")]
-        return [[r for r in records if isinstance(r, CheckpointRecord)] for records in journals]
+        found = []
+        for path in self._directory.glob(f"*/{JOURNAL_FILE}"):
+            with contextlib.suppress(OSError):  # this journal cannot be read: the others can
+                found.append([r for r in read_journal(path)[0] if isinstance(r, CheckpointRecord)])
+        return found
 
     def drop(self, job: JobId) -> None:
         """The job is over, or somebody else's."""

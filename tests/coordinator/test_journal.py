@@ -35,7 +35,7 @@ from swarmnode.coordinator.journal import (
     read_journal,
 )
 from swarmnode.coordinator.standby import StandbyJournals
-from swarmnode.domain import BlobRef, Generation, JobId, LinkPreset, PeerId
+from swarmnode.domain import MAX_BLOB_BYTES, BlobRef, Generation, JobId, LinkPreset, PeerId
 from swarmnode.messages import (
     MAX_ENTRY_BYTES,
 )
@@ -44,7 +44,8 @@ from tests.coordinator.bench import FACTS, manifest
 counts = st.integers(0, 1 << 62)
 generations = counts.map(Generation)
 numbers = st.floats(allow_nan=False)
-blobs = st.builds(BlobRef, st.text("0123456789abcdef", min_size=64, max_size=64), counts)
+hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
+blobs = st.builds(BlobRef, hashes, st.integers(0, MAX_BLOB_BYTES))
 peers = st.text(max_size=9).map(PeerId)
 grids = st.lists(st.lists(peers, max_size=2).map(tuple), max_size=2).map(tuple)
 records = st.one_of(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from standby_node import (
+    ADOPTED,
     FIRST,
     STARTED,
     StandbyNode,
@@ -17,8 +18,12 @@ from standby_node import (
 )
 
 from swarmnode.coordinator import succession
-from swarmnode.coordinator.events import Record
+from swarmnode.coordinator.events import CheckpointRecord, Record
+from swarmnode.coordinator.journal import _line
+from swarmnode.domain import BlobRef, Generation, JobId
 from swarmnode.manifest import Manifest
+from swarmnode.p2p.blob_store import BlobStore, blob_path
+from swarmnode.p2p.states import IndexedTensor, TensorIndex
 from swarmnode.traces import TraceFile
 
 SURROGATE = b'{"tokenizer.json": "\\ud800"}'
@@ -105,3 +110,66 @@ def test_a_trace_that_finds_no_room_goes_without_a_line() -> None:
     file.span("send", 0.0, 1.0)
     file.span("send", 1.0, 2.0)
     file.close()
+
+
+# ---- references to no content ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sha256", "num_bytes"),
+    [("x", 1), ("A" * 64, 1), ("a" * 64 + "\n", 1), ("a" * 64, -1), ("a" * 64, 10**9),
+     ("../" * 22, 1), ("a" * 64, True)],
+)  # fmt: skip
+async def test_a_line_that_names_no_content_is_not_kept(
+    tmp_path: Path, sha256: str, num_bytes: int
+) -> None:
+    line = _line(CheckpointRecord(2, (BlobRef(sha256, num_bytes),)))
+    async with standby(tmp_path) as n:
+        job = signed(SURROGATE, n.store)
+        submitter = await Submitter.begin(n, job)
+        await submitter.tell(FIRST)
+        await submitter.tell_lines(line)
+        await submitter.tell_lines(line)
+        await submitter.adopt()
+        assert n.coordinator.standby.num_lines(job.job) == 1
+        n.coordinator.forget_replaced()
+        assert n.coordinator.standby.checkpoints() == [[]]
+        assert [event for event, _ in n.logged] == ["job taken"]
+
+
+def put_states(store: BlobStore, name: bytes) -> list[tuple[CheckpointRecord, set[BlobRef]]]:
+    """Checkpoints of one job, and what each consists of."""
+    states = []
+    for step in range(4):
+        chunk = store.put(name + b"%d" % step)
+        tensor = IndexedTensor("w", "U8", (chunk.num_bytes,), (chunk,))
+        index = store.put(TensorIndex(step, (tensor,)).to_json())
+        states.append((CheckpointRecord(step, (index,)), {index, chunk}))
+    return states
+
+
+async def test_one_standby_journal_does_not_keep_the_chunks_of_the_others(tmp_path: Path) -> None:
+    async with standby(tmp_path) as n:
+        states = put_states(n.store, b"state")
+        submitter = await Submitter.begin(n, signed(SURROGATE, n.store))
+        await submitter.adopt(replace(ADOPTED, voters=ADOPTED.voters[:1]))
+        await submitter.tell(FIRST, *(record for record, _ in states))
+        await submitter.adopt(replace(ADOPTED, generation=Generation(2)))
+        n.coordinator.standby.path(JobId("0")).mkdir(parents=True)
+        n.coordinator.forget_replaced()
+        kept = [all(map(n.store.has, refs)) for _, refs in states]
+        assert kept == [False, False, True, True]
+        assert [event for event, _ in n.logged] == ["job taken"]
+
+
+async def test_a_chunk_that_cannot_be_deleted_stops_nobody(tmp_path: Path) -> None:
+    async with standby(tmp_path) as n:
+        states = put_states(n.store, b"state")
+        submitter = await Submitter.begin(n, signed(SURROGATE, n.store))
+        await submitter.tell(FIRST, *(record for record, _ in states))
+        await submitter.adopt()
+        path = blob_path(n.store.root, states[0][0].indexes[0])
+        path.unlink()
+        (path / "in the way").mkdir(parents=True)
+        n.coordinator.forget_replaced()
+        assert "directory" in str((await n.logs("old chunks stay"))["reason"]).lower()
