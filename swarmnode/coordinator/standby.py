@@ -15,6 +15,9 @@ from swarmnode.coordinator.journal import (
 from swarmnode.domain import JobId
 
 JOURNAL_FILE = "journal"
+MAX_JOURNAL_BYTES = 512 << 20
+"""Of one journal. That of a million steps, folded at checkpoints, comes to 30 MB, and to 200 MB
+with an evaluation after each step and 256 stages; never folded, with 8 stages, to 950 MB."""
 
 
 class StandbyJournals:
@@ -43,7 +46,8 @@ class StandbyJournals:
     def take(self, job: JobId, number: int, lines: bytes) -> list[Record]:
         """Append `lines`, of which the first is line `number`; what they say.
 
-        Lines that do not follow on what is here, or are damaged, are left out.
+        Lines that do not follow on what is here, are damaged, or would make the copy longer than
+        MAX_JOURNAL_BYTES, are left out.
         """
         rows = lines.splitlines(keepends=True)
         records = [record for record in map(parse_line, rows) if record is not None]
@@ -58,6 +62,8 @@ class StandbyJournals:
         is_again = number == 0 or (again.exists() and number == self._count(again))
         target = again if is_again else path  # the first copy goes on if line 0 only came twice
         if number != self._count(target):
+            return []
+        if target.exists() and target.stat().st_size + len(lines) > MAX_JOURNAL_BYTES:
             return []
         with target.open("ab") as file:
             file.write(lines)

@@ -5,6 +5,7 @@ restarted, and the first that stands usually wins.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 
 from swarmnode.coordinator.events import CheckpointRecord, EndRecord
@@ -22,6 +23,9 @@ NEXT_S = 3.0
 """Each further voter waits so much longer."""
 NUM_STANDBYS = 2
 """Voters after the coordinator that also keep what a coordinator needs besides the journal."""
+MAX_EARLY_BYTES = 128 << 20
+"""Of all jobs together whose first plan has not come yet: anybody can begin one. A newcomer to a
+long job is told the whole journal before the plan that names it."""
 
 
 class Succession:
@@ -49,6 +53,8 @@ class Succession:
         self._group = group
         self._log = log
         self._waiting: dict[JobId, asyncio.Task[None]] = {}
+        self._early: Counter[JobId] = Counter()
+        """Bytes of journals that came before a plan, by job."""
 
     # ---- what workers report ---------------------------------------------------------------
 
@@ -63,12 +69,17 @@ class Succession:
             self._group.create_task(self._provide(papers), name=f"stand by for {job}")
 
     def entry(self, job: JobId, number: int, lines: bytes) -> None:
-        """Lines of a journal. Raises: OSError."""
+        """Lines of a journal, unless they are too many. Raises: OSError."""
         papers = self._papers(job)
         if papers is not None and papers.plan.coordinator == self._me:
             return
-        # The first lines come before the first plan that we adopt.
+        if papers is not None:
+            self._early.pop(job, None)
+        elif self._early.total() + len(lines) > MAX_EARLY_BYTES:
+            return
         records = self._journals.take(job, number, lines)
+        if papers is None:  # the first lines come before the first plan that we adopt
+            self._early[job] += len(lines) if records else 0
         if any(isinstance(record, EndRecord) for record in records):
             self._stop_waiting(job)
             self._journals.drop(job)
@@ -78,8 +89,13 @@ class Succession:
                 self._group.create_task(self._keep(papers, newest[-1]), name=f"checkpoint of {job}")
 
     def orphaned(self, job: JobId) -> None:
-        """The coordinator's stream broke: unless somebody comes, stand for election."""
+        """The coordinator's stream broke: unless somebody comes, stand for election.
+
+        Without a plan nobody can stand, and whoever comes tells the journal from its first line.
+        """
         papers = self._papers(job)
+        if papers is None and self._early.pop(job, 0):
+            self._journals.drop(job)
         if papers is None or self._me not in papers.plan.voters or job in self._waiting:
             return
         rank = papers.plan.voters.index(self._me)

@@ -175,10 +175,10 @@ class Hosting:
         if self._line is not end:
             return
         self._line = None
+        self._daemon.succession.orphaned(self.manifest.job)
         if self.tenancy.plan is None:  # nothing but a promise, and that is on the disk
             self.work.stop()
             return
-        self._daemon.succession.orphaned(self.manifest.job)
         self._num_orphaned += 1
         self._daemon.after(ORPHAN_S, self._give_up, self._num_orphaned)
 

@@ -88,6 +88,8 @@ class SimSuccession:
         self.journals = SimStandby(daemon.machine.disk)
         self._waiting: dict[JobId, int] = {}
         self._num_waits = 0
+        self._early: set[JobId] = set()
+        """Jobs of which lines came before a plan."""
 
     def followed(self, job: JobId) -> None:
         self._waiting.pop(job, None)
@@ -101,12 +103,19 @@ class SimSuccession:
         except OSError as error:
             self._daemon.note(f"standby: {error}")
             return
+        if plan is None:
+            self._early.add(entry.job)
+        else:
+            self._early.discard(entry.job)
         if any(isinstance(record, EndRecord) for record in records):
             self._waiting.pop(entry.job, None)
             self.journals.drop(entry.job)
 
     def orphaned(self, job: JobId) -> None:
         plan, me = self._plan(job), PeerId(self._daemon.name)
+        if plan is None and job in self._early:
+            self._early.remove(job)
+            self.journals.drop(job)
         if plan is None or me not in plan.voters or job in self._waiting:
             return
         rank = plan.voters.index(me)

@@ -287,10 +287,10 @@ class JobHost:
 
     def _wait_for_another(self) -> None:
         """The coordinator is gone: keep everything for a while."""
-        if not self.is_running or self._ended.is_set():
-            return
         if self.tenancy.plan is None:  # nothing but a promise, and that is on the disk
+            self._tools.on_orphaned(self.job)
             self.end()
+        if not self.is_running or self._ended.is_set():
             return
         self._orphaned = asyncio.get_running_loop().call_later(ORPHAN_S, self.end)
         self._tools.on_orphaned(self.job)

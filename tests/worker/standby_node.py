@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from swarmnode.coordinator.solving import Solver
 from swarmnode.coordinator.succession import Succession
 from swarmnode.domain import Generation, Plan
 from swarmnode.manifest import Manifest
-from swarmnode.messages import Adopt, Adopted, Answer, Entry, Inquire
+from swarmnode.messages import Adopt, Adopted, Answer, Entry, Inquire, Release
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.ports import Stream
@@ -102,23 +102,42 @@ def signed(tokenizer: Any, store: BlobStore, **changes: Any) -> Manifest:
     return manifest(tokenizer=store.put(data), data=None, **changes)
 
 
+def question(job: Manifest, generation: int) -> Inquire:
+    signature = SUBMITTER.sign(job.canonical())
+    return Inquire(job.job, Generation(generation), Generation(0), 0, signature)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110 - threads and disks have no event
+            await asyncio.sleep(0.005)
+
+
 class Submitter:
     """Talks to the node as a coordinator does."""
 
-    def __init__(self, stream: Stream, job: Manifest) -> None:
-        self._stream, self._job = stream, job
+    def __init__(self, stream: Stream, job: Manifest, generation: int) -> None:
+        self._stream, self._job, self._generation = stream, job, Generation(generation)
         self._num_lines = 0
 
     @classmethod
-    async def begin(cls, node: StandbyNode, job: Manifest) -> "Submitter":
+    async def begin(cls, node: StandbyNode, job: Manifest, generation: int = 1) -> "Submitter":
         """Open a stream with a question, which is granted."""
         stream = await node.stream()
-        inquire = Inquire(job.job, Generation(1), Generation(0), 0, SUBMITTER.sign(job.canonical()))
+        inquire = question(job, generation)
         await stream.send(pack(inquire), job.canonical())
         said = await answer(stream)
         assert isinstance(said, Answer)
         assert said.granted
-        return cls(stream, job)
+        return cls(stream, job, generation)
+
+    async def ask(self) -> None:
+        """Ask again, and hear that everything before has been taken."""
+        await self._stream.send(pack(question(self._job, self._generation)))
+        assert isinstance(await answer(self._stream), Answer)
+
+    async def release(self) -> None:
+        await self._stream.send(pack(Release(self._job.job, "done")))
 
     async def adopt(self, plan: Plan = ADOPTED) -> None:
         await self._stream.send(pack(Adopt(self._job.job, plan)))
@@ -128,7 +147,7 @@ class Submitter:
         await self.tell_lines(b"".join(map(_line, records)), len(records))
 
     async def tell_lines(self, lines: bytes, num_lines: int = 1) -> None:
-        entry = Entry(self._job.job, Generation(1), self._num_lines, lines)
+        entry = Entry(self._job.job, self._generation, self._num_lines, lines)
         self._num_lines += num_lines
         await self._stream.send(pack(entry))
 

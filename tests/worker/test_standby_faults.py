@@ -15,10 +15,11 @@ from standby_node import (
     byte_tokenizer,
     signed,
     standby,
+    until,
 )
 
 from swarmnode.coordinator import succession
-from swarmnode.coordinator.events import CheckpointRecord, Record
+from swarmnode.coordinator.events import CheckpointRecord, EvaluationRecord, Record
 from swarmnode.coordinator.journal import _line
 from swarmnode.domain import BlobRef, Generation, JobId
 from swarmnode.manifest import Manifest
@@ -173,3 +174,67 @@ async def test_a_chunk_that_cannot_be_deleted_stops_nobody(tmp_path: Path) -> No
         (path / "in the way").mkdir(parents=True)
         n.coordinator.forget_replaced()
         assert "directory" in str((await n.logs("old chunks stay"))["reason"]).lower()
+
+
+# ---- how much a stranger may leave -------------------------------------------------------------
+
+
+def lines_of(num_bytes: int) -> bytes:
+    """About so many bytes of journal."""
+    line = _line(EvaluationRecord(1, 1.0, "x" * 10_000))
+    return line * (num_bytes // len(line))
+
+
+async def test_what_comes_before_a_plan_is_bounded_for_all_jobs_together_and_goes_with_its_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(succession, "MAX_EARLY_BYTES", 1 << 20)
+    piece = lines_of(400_000)
+    async with standby(tmp_path) as n:
+        journals = n.coordinator.standby
+        jobs = [signed(SURROGATE, n.store, name=name) for name in ("one", "two")]
+        for job, kept in zip(jobs, (2, 0), strict=True):
+            submitter = await Submitter.begin(n, job)
+            for _ in range(3):
+                await submitter.tell_lines(piece, piece.count(b"\n"))
+            await submitter.ask()
+            assert journals.num_lines(job.job) == kept * piece.count(b"\n")
+            if job is jobs[0]:
+                stranger = submitter
+        await stranger.hang_up()
+        await n.logs("job left")
+        assert not journals.path(jobs[0].job).parent.exists()
+        again = await Submitter.begin(n, jobs[0], generation=2)
+        await again.tell_lines(piece, piece.count(b"\n"))
+        await again.release()
+        await until(lambda: [e for e, _ in n.logged].count("job left") == 2)
+        assert not journals.path(jobs[0].job).parent.exists()
+
+
+async def test_a_newcomer_takes_a_long_journal_before_its_first_plan(tmp_path: Path) -> None:
+    piece = lines_of(500_000)
+    async with standby(tmp_path) as n:
+        job = signed(SURROGATE, n.store)
+        submitter = await Submitter.begin(n, job)
+        for _ in range(40):  # as of a job of a million steps
+            await submitter.tell_lines(piece, piece.count(b"\n"))
+        await submitter.adopt()
+        assert n.coordinator.standby.num_lines(job.job) == 40 * piece.count(b"\n")
+        await submitter.hang_up()
+        await n.logs("stands for election")
+        assert n.coordinator.standby.num_lines(job.job) == 40 * piece.count(b"\n")
+
+
+async def test_a_journal_has_a_largest_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmnode.coordinator.standby.MAX_JOURNAL_BYTES", 1 << 20)
+    piece = lines_of(400_000)
+    async with standby(tmp_path) as n:
+        job = signed(SURROGATE, n.store)
+        submitter = await Submitter.begin(n, job)
+        await submitter.adopt()
+        for _ in range(5):
+            await submitter.tell_lines(piece, piece.count(b"\n"))
+        await submitter.ask()
+        assert n.coordinator.standby.num_lines(job.job) == 2 * piece.count(b"\n")
