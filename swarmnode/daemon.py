@@ -94,7 +94,7 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None], life: _Life
         group = await stack.enter_async_context(asyncio.TaskGroup())
         services = Services(config, identity, device, directory, transport, group)
         loops = (services.advertise, services.look, services.observe, services.measure)
-        for work in (*loops, services.worker.nurse):
+        for work in (*loops, services.sweep, services.worker.nurse):
             group.create_task(work(), name=work.__name__)
         group.create_task(services.serve(on_ready), name="http")
         services.node.finish = lambda: life.stops.put_nowait(None)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from swarmnode.errors import BusyError, UserError
 
+KEPT_S = 7 * 86400.0
+"""How long the files of a job stay that nobody asks for."""
+
 
 @contextlib.contextmanager
 def locked(home: Path) -> Iterator[None]:

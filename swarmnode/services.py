@@ -42,6 +42,7 @@ from swarmnode.p2p.ports import Transport
 from swarmnode.p2p.prober import Prober
 from swarmnode.p2p.probing import Responder
 from swarmnode.p2p.switch import Switch
+from swarmnode.sweeping import sweep_daily
 from swarmnode.traces import TRACE_DIRECTORY, TraceFile, ignore_span
 from swarmnode.worker.models.tool import FactsDesk, export_model
 from swarmnode.worker.nursery import Nursery
@@ -150,7 +151,7 @@ class Services:
             blobs,
             self.worker.papers,
             self.coordinator.take_over,
-            self.coordinator.forget_replaced,
+            self.coordinator.retention.forget,
             group,
             self._log,
         )
@@ -295,6 +296,10 @@ class Services:
 
     def _observe_transfer(self, peer: PeerId, num_bytes: int, seconds: float) -> None:
         self._table.observe_transfer(peer, num_bytes, seconds, time.monotonic())
+
+    async def sweep(self) -> None:
+        """Delete what nobody asks for any more, now and once a day."""
+        await sweep_daily((self.worker.sweep, self.succession.sweep), self._log)
 
     # ---- what is seen ----------------------------------------------------------------------
 

@@ -2,15 +2,24 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from swarmnode.coordinator.checkpoints import CheckpointDesk
 from swarmnode.coordinator.events import CheckpointRecord
-from swarmnode.coordinator.journal import NUM_KEPT_CHECKPOINTS
+from swarmnode.coordinator.journal import NUM_KEPT_CHECKPOINTS, read_journal
+from swarmnode.coordinator.standby import JOURNAL_FILE, StandbyJournals
 from swarmnode.domain import BlobRef, JobId
 from swarmnode.errors import SwarmError
+from swarmnode.manifest import Manifest
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient, Provider
 from swarmnode.p2p.states import TensorIndex
+from swarmnode.tokens import TokenIndex
+
+if TYPE_CHECKING:
+    from swarmnode.coordinator.service import RunningJob
 
 
 def chunks_of(store: BlobStore, records: Sequence[CheckpointRecord]) -> set[BlobRef]:
@@ -47,10 +56,86 @@ async def keep_state(
 
 
 def forget_replaced(
-    store: BlobStore, jobs: Sequence[Sequence[CheckpointRecord]], also_kept: Set[BlobRef]
+    store: BlobStore,
+    jobs: Sequence[Sequence[CheckpointRecord]],
+    also_kept: Set[BlobRef],
+    ended: Sequence[CheckpointRecord] = (),
 ) -> None:
-    """Delete what only replaced checkpoints have. jobs: of each its checkpoints, oldest first."""
+    """Delete what only replaced checkpoints have, and those of a job that has `ended`.
+
+    jobs: of each of the others its checkpoints, oldest first. Raises: OSError.
+    """
     kept = set(also_kept).union(*(chunks_of(store, job[-NUM_KEPT_CHECKPOINTS:]) for job in jobs))
-    for job in jobs:
-        for ref in chunks_of(store, job[:-NUM_KEPT_CHECKPOINTS]) - kept:
+    for replaced in (*(job[:-NUM_KEPT_CHECKPOINTS] for job in jobs), ended):
+        for ref in chunks_of(store, replaced) - kept:
             store.remove(ref)
+
+
+class Retention:
+    """Deletes chunks of checkpoints that no job keeps any more. May be used in any thread."""
+
+    def __init__(
+        self,
+        store: BlobStore,
+        directory: Path,
+        jobs: Callable[[], Sequence["RunningJob"]],
+        desk: CheckpointDesk,
+        standby: StandbyJournals,
+        log: Callable[..., None],
+    ) -> None:
+        """`jobs` are coordinated here; `directory` has a folder for each of them, and of others
+        that earlier lives coordinated."""
+        self._store = store
+        self._directory = directory
+        self._jobs = jobs
+        self._desk = desk
+        self._standby = standby
+        self._log = log
+
+    def forget(self, ended: JobId | None = None) -> bool:
+        """Delete the chunks of checkpoints that newer ones replaced; each job keeps the last two.
+
+        Two, because a worker may be fetching the older one while the newer is written. Jobs may
+        share chunks, so those that are coordinated here and those of others are looked at together.
+        Of a job of others that has `ended` none is kept. What goes wrong is logged, and False
+        returned: chunks that stay too long cost nothing but room.
+        """
+        try:
+            self._forget(ended)
+        except Exception as error:
+            self._log("old chunks stay", reason=str(error))
+            return False
+        return True
+
+    def _forget(self, ended: JobId | None) -> None:
+        self._desk.forget_replaced()
+        jobs = self._jobs()
+        kept = {ref for job in jobs for ref in content_of(self._store, job.manifest)}
+        standby = self._standby.checkpoints()
+        gone = standby.pop(ended, []) if ended is not None else []
+        own = [job.runner.checkpoints for job in jobs]
+        if gone:
+            own += self._saved()
+        forget_replaced(self._store, [*own, *standby.values()], kept, gone)
+        self._desk.update_soon()
+
+    def _saved(self) -> Iterator[list[CheckpointRecord]]:
+        """The newest checkpoints of every job that was ever coordinated here. Raises: OSError."""
+        for path in self._directory.glob(f"*/{JOURNAL_FILE}"):
+            records = read_journal(path)[0]
+            found = [record for record in records if isinstance(record, CheckpointRecord)]
+            yield found[-NUM_KEPT_CHECKPOINTS:]
+
+
+def content_of(store: BlobStore, manifest: Manifest) -> set[BlobRef]:
+    """Every blob that a job's manifest names, also through an index that is here."""
+    found = {manifest.tokenizer}
+    origin = manifest.model.weights
+    if origin is not None:  # another job's checkpoint, perhaps, served from a folder
+        found |= chunks_of(store, [CheckpointRecord(0, (origin,))])
+    if manifest.data is not None:
+        for ref in (manifest.data.train, manifest.data.validation):
+            found.add(ref)
+            with contextlib.suppress(SwarmError):
+                found |= set(TokenIndex.parse(store.read(ref)).chunks)
+    return found

@@ -52,7 +52,7 @@ class RunnerTools:
     solver: Solver
     links: Callable[[], tuple[LinkReport, ...]]
     """What this node measured of its own links."""
-    on_checkpoint: Callable[[], None] = lambda: None
+    on_checkpoint: Callable[[], object] = lambda: None
     """Called in a thread after a checkpoint is in the journal: older ones may go."""
 
 

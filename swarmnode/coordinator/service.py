@@ -15,7 +15,7 @@ from swarmnode.coordinator.checkpoints import CheckpointDesk
 from swarmnode.coordinator.head import Head
 from swarmnode.coordinator.journal import Journal, read_journal
 from swarmnode.coordinator.ledger import Ledger
-from swarmnode.coordinator.retention import chunks_of, forget_replaced
+from swarmnode.coordinator.retention import Retention, chunks_of
 from swarmnode.coordinator.room import full_disk, when_there_is_room
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver.fill import solve
@@ -23,7 +23,7 @@ from swarmnode.coordinator.solver.request import GridRequest, Swarm
 from swarmnode.coordinator.standby import JOURNAL_FILE, StandbyJournals
 from swarmnode.coordinator.submission import FactsOf, prepare, unpack_folder
 from swarmnode.coordinator.tenure import Tenure
-from swarmnode.domain import BlobRef, JobId, ModelFacts, PeerId, Plan
+from swarmnode.domain import JobId, ModelFacts, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
 from swarmnode.home import write_durably
 from swarmnode.manifest import JobFile, Manifest, PlacementConfig, check, parse_job
@@ -79,12 +79,15 @@ class CoordinatorService:
     ) -> None:
         self._identity = identity
         self._directory = directory
-        self._tools = replace(tools, on_checkpoint=self.forget_replaced)
         self._group = group
         self._facts_of = facts_of
         self._jobs: dict[JobId, RunningJob] = {}
         self.checkpoints = CheckpointDesk(identity, tools.store, lambda: self.jobs, tools.log)
         self.standby = StandbyJournals(directory / "standby")
+        self.retention = Retention(
+            tools.store, directory, lambda: self.jobs, self.checkpoints, self.standby, tools.log
+        )
+        self._tools = replace(tools, on_checkpoint=self.retention.forget)
 
     @property
     def jobs(self) -> tuple[RunningJob, ...]:
@@ -335,29 +338,6 @@ class CoordinatorService:
         job = self.find(name)
         if not job.ledger.is_over:
             await job.runner.tell(on.StopAsked("stopped by its owner"))
-
-    def forget_replaced(self) -> None:
-        """Delete the chunks of checkpoints that newer ones replaced; each job keeps the last two.
-
-        Two, because a worker may be fetching the older one while the newer is written. Jobs may
-        share chunks, so those that are coordinated here and those of others are looked at together.
-        What goes wrong is logged: chunks that stay too long cost nothing but room.
-        """
-        try:
-            self._forget_replaced()
-        except Exception as error:
-            self._tools.log("old chunks stay", reason=str(error))
-
-    def _forget_replaced(self) -> None:
-        self.checkpoints.forget_replaced()
-        store, kept = self._tools.store, set[BlobRef]()
-        for job in self.jobs:
-            origin = job.manifest.model.weights
-            if origin is not None:  # another job's checkpoint, perhaps, served from a folder
-                kept |= chunks_of(store, [on.CheckpointRecord(0, (origin,))])
-        own = [job.runner.checkpoints for job in self.jobs]
-        forget_replaced(store, [*own, *self.standby.checkpoints()], kept)
-        self.checkpoints.update_soon()
 
     # ---- giving weights back ---------------------------------------------------------------
 

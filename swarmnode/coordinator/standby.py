@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from swarmnode.coordinator.events import CheckpointRecord, Record, StartedRecord
+from swarmnode.coordinator.events import CheckpointRecord, EndRecord, Record, StartedRecord
 from swarmnode.coordinator.journal import (
     FOLD_AT_LINES,
     count_lines,
@@ -80,12 +80,33 @@ class StandbyJournals:
             self._lengths[path] = len(fold_file(path))
         return records
 
-    def checkpoints(self) -> list[list[CheckpointRecord]]:
+    def checkpoints(self) -> dict[JobId, list[CheckpointRecord]]:
         """Of each job the checkpoints that its journal tells of, the oldest first."""
-        found = []
+        found = {}
         for path in self._directory.glob(f"*/{JOURNAL_FILE}"):
             with contextlib.suppress(OSError):  # this journal cannot be read: the others can
-                found.append([r for r in read_journal(path)[0] if isinstance(r, CheckpointRecord)])
+                records = read_journal(path)[0]
+                told = [record for record in records if isinstance(record, CheckpointRecord)]
+                found[JobId(path.parent.name)] = told
+        return found
+
+    def unchanged_since(self, then_s: float) -> list[JobId]:
+        """Jobs of whose journals nothing was written since `then_s` on the wall clock."""
+        found = []
+        for folder in sorted(self._directory.glob("*/")):
+            with contextlib.suppress(OSError):
+                times = [path.stat().st_mtime for path in (folder, *folder.iterdir())]
+                if max(times) < then_s:
+                    found.append(JobId(folder.name))
+        return found
+
+    def ended(self) -> list[JobId]:
+        """Jobs whose journals say that they are over."""
+        found = []
+        for path in sorted(self._directory.glob(f"*/{JOURNAL_FILE}")):
+            with contextlib.suppress(OSError):
+                if any(isinstance(record, EndRecord) for record in read_journal(path)[0][-1:]):
+                    found.append(JobId(path.parent.name))
         return found
 
     def drop(self, job: JobId) -> None:

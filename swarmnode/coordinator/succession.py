@@ -5,6 +5,7 @@ restarted, and the first that stands usually wins.
 """
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ from swarmnode.coordinator.events import CheckpointRecord, EndRecord
 from swarmnode.coordinator.retention import keep_state
 from swarmnode.coordinator.standby import StandbyJournals
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
+from swarmnode.errors import SwarmError
+from swarmnode.home import KEPT_S
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient, Provider
 from swarmnode.papers import Papers
@@ -39,7 +42,7 @@ class Succession:
         blobs: BlobClient,
         papers: Callable[[JobId], Papers | None],
         take_over: Callable[[Papers], None],
-        forget_replaced: Callable[[], None],
+        forget: Callable[[JobId | None], bool],
         group: asyncio.TaskGroup,
         log: Callable[..., None],
     ) -> None:
@@ -49,10 +52,12 @@ class Succession:
         self._blobs = blobs
         self._papers = papers
         self._take_over = take_over
-        self._forget_replaced = forget_replaced
+        self._forget = forget
         self._group = group
         self._log = log
         self._waiting: dict[JobId, asyncio.Task[None]] = {}
+        self._keeping: dict[JobId, set[asyncio.Task[None]]] = {}
+        """Checkpoints that are being fetched, by job."""
         self._early: Counter[JobId] = Counter()
         """Bytes of journals that came before a plan, by job."""
 
@@ -82,11 +87,14 @@ class Succession:
             self._early[job] += len(lines) if records else 0
         if any(isinstance(record, EndRecord) for record in records):
             self._stop_waiting(job)
-            self._journals.drop(job)
+            self._group.create_task(self._retire(job), name=f"end of {job}")
         elif papers is not None and self._is_standby(papers.plan):
             newest = [record for record in records if isinstance(record, CheckpointRecord)]
             if newest:
-                self._group.create_task(self._keep(papers, newest[-1]), name=f"checkpoint of {job}")
+                keep = self._keep(papers, newest[-1])
+                task = self._group.create_task(keep, name=f"checkpoint of {job}")
+                self._keeping.setdefault(job, set()).add(task)
+                task.add_done_callback(self._keeping[job].discard)
 
     def orphaned(self, job: JobId) -> None:
         """The coordinator's stream broke: unless somebody comes, stand for election.
@@ -102,6 +110,16 @@ class Succession:
         if rank > 0:
             task = self._group.create_task(self._stand(job, rank), name=f"succession of {job}")
             self._waiting[job] = task
+
+    async def sweep(self, now_s: float) -> None:
+        """Retire what was left when an earlier life ended with its job, and journals to which
+        nothing came for KEPT_S, of jobs in which this node has no part any more."""
+        for job in await asyncio.to_thread(self._journals.ended):
+            await self._retire(job)
+        for job in await asyncio.to_thread(self._journals.unchanged_since, now_s - KEPT_S):
+            with contextlib.suppress(SwarmError):  # what we have in hand cannot be read now
+                if self._papers(job) is None:
+                    await self._retire(job)
 
     def num_lines(self, job: JobId) -> int:
         """Lines of the job's journal that we have."""
@@ -148,9 +166,19 @@ class Succession:
             job, providers = papers.manifest.job, self._providers(papers.plan)
             for ref in record.indexes:
                 await keep_state(job, ref, providers, self._blobs, self._store)
-            await asyncio.to_thread(self._forget_replaced)
+            await asyncio.to_thread(self._forget, None)
         except Exception as error:  # as in `_stand`
             self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
+
+    async def _retire(self, job: JobId) -> None:
+        """Delete what only this journal names, and then the journal."""
+        try:
+            if keeping := self._keeping.pop(job, None):
+                await asyncio.wait(keeping)  # what comes here still would be named by nobody
+            if await asyncio.to_thread(self._forget, job):
+                self._journals.drop(job)
+        except Exception as error:  # as in `_stand`
+            self._log("journal not dropped", job=job, reason=str(error))
 
     async def _fetch(self, papers: Papers, refs: list[BlobRef]) -> None:
         await self._blobs.fetch_all(papers.manifest.job, refs, self._providers(papers.plan))

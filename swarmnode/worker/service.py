@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 from swarmnode.domain import JobId, PeerId
 from swarmnode.errors import ManifestError, PeerError, ProtocolError, SwarmError
 from swarmnode.heartbeats import Checking
+from swarmnode.home import KEPT_S
 from swarmnode.manifest import Manifest, check
 from swarmnode.messages import (
     Answer,
@@ -32,8 +34,6 @@ SAY_AGAIN_S = 1.0
 """Who leaves says so again after so long, until it is let go."""
 SAVE_AGAIN_S = 10.0
 """Between two looks whether a full disk has room for what was promised at a job's end."""
-KEPT_S = 7 * 86400.0
-"""How long the files of a job stay that nobody asks for."""
 
 
 class WorkerService:
@@ -101,6 +101,17 @@ class WorkerService:
                 self._tools.on_orphaned(JobId(folder.name))
             except Exception as error:  # what one job left cannot be read: the others go on
                 self._log("job not taken up", job=folder.name, reason=str(error))
+
+    async def sweep(self, now_s: float) -> None:
+        """Delete the folders of jobs that nobody asked for in KEPT_S."""
+        for host in self.hosts():  # it may serve for weeks without a word to its disk
+            with contextlib.suppress(OSError):
+                os.utime(self._tools.directory / host.job, (now_s, now_s))
+        for folder in await asyncio.to_thread(old_folders, self._tools.directory, now_s):
+            if JobId(folder.name) not in self._hosts:
+                # It is gone at once: whoever asks from now on finds no half of it.
+                gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
+                await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
 
     async def leave(self) -> None:
         """Give every slot to others; returns when coordinators have let us go, or are gone.
@@ -239,10 +250,17 @@ def slots_of(hosts: Iterable[JobHost], me: PeerId) -> tuple[str, ...]:
 
 
 def drop_old_folders(directory: Path, now_s: float) -> None:
-    """Delete the folders of jobs in which nothing was written for KEPT_S, and leave alone what
-    cannot be looked at."""
+    """Delete the folders of jobs in which nothing was written for KEPT_S."""
+    for folder in old_folders(directory, now_s):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def old_folders(directory: Path, now_s: float) -> list[Path]:
+    """The folders of jobs in which nothing was written for KEPT_S; none that cannot be looked at."""
+    found = []
     for folder in directory.iterdir() if directory.is_dir() else ():
         with contextlib.suppress(OSError):
             times = [path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.exists()]
             if folder.is_dir() and max(times) < now_s - KEPT_S:
-                shutil.rmtree(folder, ignore_errors=True)
+                found.append(folder)
+    return found

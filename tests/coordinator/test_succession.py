@@ -8,7 +8,7 @@ from swarmnode.coordinator.journal import Journal
 from swarmnode.coordinator.retention import forget_replaced
 from swarmnode.coordinator.standby import StandbyJournals
 from swarmnode.coordinator.succession import Succession
-from swarmnode.domain import BlobRef, Generation, PeerId, Plan
+from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan
 from swarmnode.p2p.blob_server import serve_blobs
 from swarmnode.p2p.blob_store import BlobStore, Range
 from swarmnode.p2p.blobs import BlobClient
@@ -41,6 +41,11 @@ async def keeps_two(network: MemoryNetwork, tmp_path: Path) -> None:
     papers = Papers(job, b"", b"", plan, b"")
     journal, journals = Journal(tmp_path / "journal"), StandbyJournals(tmp_path / "standby")
     blobs, troubles, kept = BlobClient(network.transport(ME), store), [], []
+
+    def forget(_ended: JobId | None) -> bool:
+        forget_replaced(store, list(journals.checkpoints().values()), frozenset())
+        return True
+
     own = tmp_path / "export"
     own.write_bytes(b"the same")
     for step in range(4):
@@ -53,7 +58,7 @@ async def keeps_two(network: MemoryNetwork, tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as group:  # ends when everything is fetched
             succession = Succession(
                 ME, journals, store, blobs, lambda _job: papers, lambda _papers: None,
-                lambda: forget_replaced(store, journals.checkpoints(), frozenset()), group,
+                forget, group,
                 lambda *trouble, **facts: troubles.append((trouble, facts)),
             )  # fmt: skip
             succession.entry(job.job, step, line)

@@ -67,7 +67,7 @@ class StandbyNode(Node):
         self.coordinator = CoordinatorService(ME, folder / "led", tools, group, facts_of)
         self.succession = Succession(
             ME.peer, self.coordinator.standby, self.store, self.tools.blobs, self.service.papers,
-            self.coordinator.take_over, self.coordinator.forget_replaced, group, self._log,
+            self.coordinator.take_over, self.coordinator.retention.forget, group, self._log,
         )  # fmt: skip
 
     async def restore(self) -> None:

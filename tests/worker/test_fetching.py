@@ -11,6 +11,7 @@ import torch
 
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.errors import ChunkError, DataError, ProtocolError, RefusedError
+from swarmnode.home import KEPT_S
 from swarmnode.messages import (
     Ready,
 )
@@ -26,7 +27,7 @@ from swarmnode.worker.fetching import Fetcher
 from swarmnode.worker.files import state_path
 from swarmnode.worker.handoff import Handoff, Update
 from swarmnode.worker.models import save_tensors
-from swarmnode.worker.service import KEPT_S, drop_old_folders
+from swarmnode.worker.service import drop_old_folders
 from swarmnode.worker.state_keeper import StateKeeper
 from swarmnode.worker.training.log import UpdateLog
 

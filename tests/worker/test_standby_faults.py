@@ -133,8 +133,8 @@ async def test_a_line_that_names_no_content_is_not_kept(
         await submitter.tell_lines(line)
         await submitter.adopt()
         assert n.coordinator.standby.num_lines(job.job) == 1
-        n.coordinator.forget_replaced()
-        assert n.coordinator.standby.checkpoints() == [[]]
+        n.coordinator.retention.forget()
+        assert n.coordinator.standby.checkpoints() == {job.job: []}
         assert [event for event, _ in n.logged] == ["job taken"]
 
 
@@ -157,7 +157,7 @@ async def test_one_standby_journal_does_not_keep_the_chunks_of_the_others(tmp_pa
         await submitter.tell(FIRST, *(record for record, _ in states))
         await submitter.adopt(replace(ADOPTED, generation=Generation(2)))
         n.coordinator.standby.path(JobId("0")).mkdir(parents=True)
-        n.coordinator.forget_replaced()
+        n.coordinator.retention.forget()
         kept = [all(map(n.store.has, refs)) for _, refs in states]
         assert kept == [False, False, True, True]
         assert [event for event, _ in n.logged] == ["job taken"]
@@ -172,7 +172,7 @@ async def test_a_chunk_that_cannot_be_deleted_stops_nobody(tmp_path: Path) -> No
         path = blob_path(n.store.root, states[0][0].indexes[0])
         path.unlink()
         (path / "in the way").mkdir(parents=True)
-        n.coordinator.forget_replaced()
+        n.coordinator.retention.forget()
         assert "directory" in str((await n.logs("old chunks stay"))["reason"]).lower()
 
 
