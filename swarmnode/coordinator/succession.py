@@ -12,6 +12,7 @@ from collections.abc import Callable
 from swarmnode.coordinator.events import CheckpointRecord, EndRecord
 from swarmnode.coordinator.retention import keep_state
 from swarmnode.coordinator.standby import StandbyJournals
+from swarmnode.coordinator.tokenizer_check import check_tokenizer
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
 from swarmnode.errors import SwarmError
 from swarmnode.home import KEPT_S
@@ -145,6 +146,7 @@ class Succession:
             self._log("stands for election", job=job, generation=papers.plan.generation)
             if not self._store.has(papers.manifest.tokenizer):
                 await self._fetch(papers, [papers.manifest.tokenizer])
+            await check_tokenizer(self._store.read(papers.manifest.tokenizer))
             self._take_over(papers)
         except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
             self._log("cannot take over", job=job, reason=str(error))

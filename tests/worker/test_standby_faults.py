@@ -55,7 +55,6 @@ async def test_a_tokenizer_that_is_no_text_costs_its_own_job_and_no_daemon(tmp_p
     async with standby(tmp_path) as n:
         await n.restore()
         assert (await n.logs("cannot take over"))["job"] == job.job
-        assert "not text" in str((await n.logs("job not restored"))["reason"])
 
 
 async def test_a_tokenizer_at_which_the_library_panics_costs_its_own_job(tmp_path: Path) -> None:
@@ -64,6 +63,19 @@ async def test_a_tokenizer_at_which_the_library_panics_costs_its_own_job(tmp_pat
     async with standby(tmp_path) as n:
         await orphan(n, {"tokenizer.json": json.dumps(text)})
         assert "not a tokenizer" in str((await n.logs("cannot take over"))["reason"])
+
+
+async def test_a_tokenizer_at_which_the_library_aborts_ends_no_daemon(tmp_path: Path) -> None:
+    text = json.loads(byte_tokenizer(tmp_path)["tokenizer.json"])
+    text["model"] = {
+        "type": "BPE", "vocab": {"a": 0, "\u00e9": 1, "a\u00e9": 2}, "merges": ["a \u00e9"],
+        "dropout": None, "unk_token": None, "continuing_subword_prefix": "x",
+        "end_of_word_suffix": None, "fuse_unk": False,
+    }  # fmt: skip
+    async with standby(tmp_path) as n:
+        job = await orphan(n, {"tokenizer.json": json.dumps(text)})
+        assert "cannot be loaded" in str((await n.logs("cannot take over"))["reason"])
+        assert not (tmp_path / "led" / job.job / "job.json").exists(), "no later life tries it"
 
 
 async def test_a_journal_that_cannot_be_read_is_its_own_jobs_trouble(tmp_path: Path) -> None:
