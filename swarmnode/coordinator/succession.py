@@ -59,6 +59,8 @@ class Succession:
         self._waiting: dict[JobId, asyncio.Task[None]] = {}
         self._keeping: dict[JobId, set[asyncio.Task[None]]] = {}
         """Checkpoints that are being fetched, by job."""
+        self._loadable: set[BlobRef] = set()
+        """Tokenizers of which a child has seen that they can be loaded."""
         self._early: Counter[JobId] = Counter()
         """Bytes of journals that came before a plan, by job."""
 
@@ -144,9 +146,7 @@ class Succession:
             if papers is None or not self._journals.num_lines(job):
                 return
             self._log("stands for election", job=job, generation=papers.plan.generation)
-            if not self._store.has(papers.manifest.tokenizer):
-                await self._fetch(papers, [papers.manifest.tokenizer])
-            await check_tokenizer(self._store.read(papers.manifest.tokenizer))
+            await self._have_tokenizer(papers)
             self._take_over(papers)
         except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
             self._log("cannot take over", job=job, reason=str(error))
@@ -155,12 +155,21 @@ class Succession:
         """Have what every coordinator gives out: tokenizer and data."""
         manifest = papers.manifest
         try:
-            await self._fetch(papers, [manifest.tokenizer])
+            await self._have_tokenizer(papers)
             for ref in (manifest.data.train, manifest.data.validation) if manifest.data else ():
                 await self._fetch(papers, [ref])
                 await self._fetch(papers, list(TokenIndex.parse(self._store.read(ref)).chunks))
         except Exception as error:  # as in `_stand`
             self._log("not ready to take over", job=manifest.job, reason=str(error))
+
+    async def _have_tokenizer(self, papers: Papers) -> None:
+        """Fetch it, and load it elsewhere first; once for each, as that takes a second."""
+        ref = papers.manifest.tokenizer
+        if not self._store.has(ref):
+            await self._fetch(papers, [ref])
+        if ref not in self._loadable:
+            await check_tokenizer(self._store.read(ref))
+            self._loadable.add(ref)
 
     async def _keep(self, papers: Papers, record: CheckpointRecord) -> None:
         """Have the newest checkpoint too; of the others as many stay as the coordinator keeps."""

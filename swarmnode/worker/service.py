@@ -256,7 +256,7 @@ def drop_old_folders(directory: Path, now_s: float) -> None:
 
 
 def old_folders(directory: Path, now_s: float) -> list[Path]:
-    """The folders of jobs in which nothing was written for KEPT_S; none that cannot be looked at."""
+    """The folders of jobs in which nothing was written for KEPT_S, as far as they can be read."""
     found = []
     for folder in directory.iterdir() if directory.is_dir() else ():
         with contextlib.suppress(OSError):

@@ -99,7 +99,7 @@ async def test_a_damaged_promise_does_not_keep_the_other_jobs_from_going_on(tmp_
     (tmp_path / "jobs" / "0" / "tenancy.json").write_bytes(b"{")
     async with standby(tmp_path) as n:
         await n.service.restore()
-        assert (await n.logs("job not taken up"))["job"] == "0"
+        assert (await n.logs("papers not readable"))["job"] == "0"
         assert (await n.logs("cannot take over"))["job"] == job.job
 
 
