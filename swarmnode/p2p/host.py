@@ -34,6 +34,7 @@ MAX_STREAMS_PER_PEER = 256
 _NEXT_DIAL_DELAY_S = 0.25
 _CLOSE_TIMEOUT_S = 1.0
 
+_log = logging.getLogger(__name__)
 # py-libp2p prints warnings of every connection that ends; ours are raised as errors instead.
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
 
@@ -67,6 +68,7 @@ class Host:
         self._network.set_resource_manager(None)
         self._network.auto_connector = _NoAutoConnector(self._network)
         self._network.retry_config = RetryConfig(max_retries=0)
+        self._network.set_stream_handler(self._take_stream)
         self._dial_locks: dict[str, trio.Lock] = defaultdict(trio.Lock)
         self._num_streams: Counter[str] = Counter()
 
@@ -139,6 +141,17 @@ class Host:
         """Close every connection with `peer`."""
         with suppress(BaseLibp2pError, ValueError):
             await self._network.close_peer(ID.from_string(peer))
+
+    async def _take_stream(self, stream: Any) -> None:
+        """Find the protocol of an incoming stream and serve it; what fails is this stream alone.
+
+        py-libp2p lets what it does not expect of a peer's bytes end the whole host.
+        """
+        try:
+            await self._host._swarm_stream_handler(stream)
+        except Exception as error:
+            _log.info("a stream of %s failed: %r", stream.muxed_conn.peer_id, error)
+            await stream.reset()
 
     async def _listen(self, address: Multiaddr) -> None:
         _check_port_is_free(address)
