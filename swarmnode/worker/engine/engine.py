@@ -91,6 +91,16 @@ class Engine:
         """How many messages were ignored, by reason; and what was remembered in vain."""
         self._local = LocalSlots(self.dropped)
 
+    @property
+    def expected_bytes(self) -> int:
+        """More than one slot can have on its way here in this generation; 0 without one."""
+        return 0 if self._setup is None else self._setup.expected.most_bytes
+
+    def count_overruns(self, num_dropped: int) -> None:
+        """Note how many messages were ignored so far because too many waited."""
+        if num_dropped:
+            self.dropped["overrun"] = num_dropped
+
     def handle(self, message: Message | EngineMessage, payload: Payload = b"") -> None:
         """Take one message. Frames are only checked and kept; the rest is done at once."""
         if isinstance(message, LivenessCheck):

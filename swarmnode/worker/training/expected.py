@@ -1,5 +1,6 @@
 """Which frames a peer may expect in one generation: everything else is refused, with a reason."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -50,6 +51,18 @@ class ExpectedFrames:
     trains."""
     fits: Callable[[Role, Frame, int], bool]
     """Whether a frame of a role, with the shape that it must have, can have so many bytes."""
+
+    @property
+    def most_bytes(self) -> int:
+        """More than the frames of one slot that can be on their way to this peer at once.
+
+        These are of two steps and of two evaluations: hidden states and their gradients, and of
+        each group all shares and what they add up to. No coded tensor is twice as long as one
+        of float32.
+        """
+        num_microbatches = 2 * self.num_microbatches + self.num_evaluation_microbatches
+        num_shard_values = sum(2 * group.num_values for group in self.groups.values())
+        return 2 * 2 * 4 * (num_microbatches * math.prod(self.hidden_shape) + num_shard_values)
 
     def refusal(self, frame: Frame, num_payload_bytes: int) -> Refusal | None:
         """Why the frame cannot be one of this generation, or None if it can."""
