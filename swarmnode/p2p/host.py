@@ -27,6 +27,7 @@ from multiaddr import Multiaddr
 from swarmnode.errors import PeerLostError, RefusedError
 from swarmnode.p2p.buffered import NOISE_PROTOCOL_ID, BufferedNoise, key_pair_from_seed
 from swarmnode.p2p.channel import NetStream
+from swarmnode.p2p.inbound import Inbound
 from swarmnode.p2p.turns import Turns
 
 MAX_STREAMS_PER_PEER = 256
@@ -69,6 +70,7 @@ class Host:
         self._network.auto_connector = _NoAutoConnector(self._network)
         self._network.retry_config = RetryConfig(max_retries=0)
         self._network.set_stream_handler(self._take_stream)
+        self._inbound = Inbound(self._network)
         self._dial_locks: dict[str, trio.Lock] = defaultdict(trio.Lock)
         self._num_streams: Counter[str] = Counter()
 

@@ -3,7 +3,7 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -224,4 +224,28 @@ async def test_nonsense_on_a_stream_ends_that_stream_only(what: str) -> None:
         await bridge.call(send_on_stream, bridge.resource, *where, wire)
         again = await bridge.call(send_on_stream, bridge.resource, *where, MULTISTREAM)
         assert again == MULTISTREAM  # on the same connection
+        await greet(host)
+
+
+async def visit_often(upgrader: TransportUpgrader, address: str, count: int) -> None:
+    """Connect and hang up, again and again, as fast as the host lets us."""
+    for _ in range(count):
+        connection = await secure(upgrader, address)
+        await upgrader.muxer_multistream._selector.select(connection, True, 5)
+        await hang_up(connection)
+
+
+async def test_a_connection_that_has_ended_gives_its_place_back() -> None:
+    """py-libp2p has 250 places for those who dial."""
+    async with public_host() as host, TrioBridge.start("stranger", stranger) as bridge:
+        await bridge.call(visit_often, bridge.resource, host.addresses[0], 260)
+        await greet(host)
+
+
+async def test_handshakes_that_nobody_finishes_keep_nobody_out() -> None:
+    async with public_host() as host, AsyncExitStack() as stack:
+        for _ in range(300):
+            reader, writer = await dial_bare(host)
+            stack.callback(writer.close)
+            await reader.read(1)  # an answer, unless it is turned away
         await greet(host)
