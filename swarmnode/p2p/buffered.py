@@ -19,13 +19,14 @@ from libp2p.abc import IRawConnection, ISecureConn, ISecureTransport
 from libp2p.crypto.ed25519 import create_new_key_pair as create_ed25519
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519
-from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.exceptions import ConnectionClosedError, MessageTooLarge
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
+from libp2p.stream_muxer.yamux.yamux import MAX_WINDOW_SIZE
 
 READ_BYTES = 1 << 20
 """Most bytes taken from the socket at once."""
@@ -224,9 +225,14 @@ class BufferedSession(SecureSession):  # type: ignore[misc]
         self._plain = bytearray()
 
     async def read(self, n: int | None = None) -> bytes:
-        """Return exactly `n` bytes, or fewer at the end of the connection."""
+        """Return exactly `n` bytes, or fewer at the end of the connection.
+
+        Raises: MessageTooLarge, before the first byte, for more than the muxer's largest window.
+        """
         if n is None:
             n = max(1, len(self._plain))
+        if n > MAX_WINDOW_SIZE:
+            raise MessageTooLarge(f"{n} bytes are announced")
         while len(self._plain) < n:
             size = await self.raw.read(_SIZE_BYTES)
             frame = await self.raw.read(int.from_bytes(size, "big"))

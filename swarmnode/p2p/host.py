@@ -27,7 +27,7 @@ from multiaddr import Multiaddr
 from swarmnode.errors import PeerLostError, RefusedError
 from swarmnode.p2p.buffered import NOISE_PROTOCOL_ID, BufferedNoise, key_pair_from_seed
 from swarmnode.p2p.channel import NetStream
-from swarmnode.p2p.inbound import Inbound
+from swarmnode.p2p.inbound import MAX_LINE_BYTES, Inbound, bound_unread, refuse_long_reads
 from swarmnode.p2p.turns import Turns
 
 MAX_STREAMS_PER_PEER = 256
@@ -71,6 +71,7 @@ class Host:
         self._network.retry_config = RetryConfig(max_retries=0)
         self._network.set_stream_handler(self._take_stream)
         self._inbound = Inbound(self._network)
+        bound_unread(self._network)
         self._dial_locks: dict[str, trio.Lock] = defaultdict(trio.Lock)
         self._num_streams: Counter[str] = Counter()
 
@@ -104,16 +105,7 @@ class Host:
         """Give the incoming streams of `protocol` to `on_stream`."""
 
         async def handle(stream: Any) -> None:
-            peer = str(stream.muxed_conn.peer_id)
-            if self._num_streams[peer] >= MAX_STREAMS_PER_PEER:
-                await stream.reset()
-                return
-            self._num_streams[peer] += 1
-            try:
-                await on_stream(stream, peer)
-            finally:
-                self._num_streams[peer] -= 1
-                self._num_streams += Counter()  # drops zeroes
+            await on_stream(stream, str(stream.muxed_conn.peer_id))
 
         self._host.set_stream_handler(protocol, handle)
 
@@ -149,11 +141,20 @@ class Host:
 
         py-libp2p lets what it does not expect of a peer's bytes end the whole host.
         """
+        peer = str(stream.muxed_conn.peer_id)
+        if self._num_streams[peer] >= MAX_STREAMS_PER_PEER:
+            await stream.reset()
+            return
+        self._num_streams[peer] += 1
+        refuse_long_reads(stream, MAX_LINE_BYTES)
         try:
             await self._host._swarm_stream_handler(stream)
         except Exception as error:
-            _log.info("a stream of %s failed: %r", stream.muxed_conn.peer_id, error)
+            _log.info("a stream of %s failed: %r", peer, error)
             await stream.reset()
+        finally:
+            self._num_streams[peer] -= 1
+            self._num_streams += Counter()  # drops zeroes
 
     async def _listen(self, address: Multiaddr) -> None:
         _check_port_is_free(address)

@@ -1,19 +1,61 @@
-"""Who may come in: places for connections that others begin, in py-libp2p's place.
+"""What others may take of a host: places for connections that they begin, memory of each.
 
-py-libp2p keeps the place of a connection until the whole host ends, and lets handshakes that
-nobody finishes take all places there are.
+py-libp2p keeps the place of a connection until the whole host ends, lets handshakes that nobody
+finishes take all places there are, and only notes that a peer sends more than it may.
 """
 
 import math
 from typing import Any
 
 import trio
+from libp2p.io.exceptions import MessageTooLarge
 from libp2p.network.exceptions import SwarmException
+
+from swarmnode.p2p.buffered import READ_BYTES
 
 MAX_INBOUND = 250
 """Connections that others began and that may be open at once; of 300 in all."""
 MAX_HANDSHAKES = 128
 """Handshakes that may be under way at once; the oldest makes room for one more."""
+MAX_UNREAD_BYTES = 64 << 20
+"""Bytes of one connection's streams that may wait to be read; some 4 times the largest window."""
+MAX_LINE_BYTES = 64 << 10
+"""Longest message of the negotiation of a protocol."""
+
+
+def refuse_long_reads(reader: Any, max_bytes: int) -> None:
+    """Let reads of more than `max_bytes` raise MessageTooLarge, before the first byte."""
+    read = reader.read
+
+    async def read_bounded(num_bytes: int | None = None) -> Any:
+        if num_bytes is not None and num_bytes > max_bytes:
+            raise MessageTooLarge(f"{num_bytes} bytes are announced")
+        return await read(num_bytes)
+
+    reader.read = read_bounded
+
+
+class _OverrunError(trio.TooSlowError):
+    """py-libp2p's muxer hangs up on this error, as on no other, wherever its reader is."""
+
+
+def bound_unread(network: Any) -> None:
+    """From now on hang up on a peer that has more than MAX_UNREAD_BYTES unread."""
+    upgrade = network.upgrader.upgrade_connection
+
+    async def upgrade_bounded(connection: Any, peer: Any) -> Any:
+        muxed = await upgrade(connection, peer)
+        read = muxed._read_data_body
+
+        async def read_bounded(num_bytes: int) -> Any:
+            if num_bytes + sum(map(len, muxed.stream_buffers.values())) > MAX_UNREAD_BYTES:
+                raise _OverrunError
+            return await read(num_bytes)
+
+        muxed._read_data_body = read_bounded
+        return muxed
+
+    network.upgrader.upgrade_connection = upgrade_bounded
 
 
 class Inbound:
@@ -28,6 +70,7 @@ class Inbound:
 
     async def _take(self, raw: Any, address: Any) -> None:
         """Secure a connection and stay with it until it ends. Raises: SwarmException, always."""
+        refuse_long_reads(raw, READ_BYTES)
         connection = await self._shake_hands(raw, address)
         self._num_open += 1
         try:

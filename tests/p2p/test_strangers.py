@@ -18,7 +18,7 @@ from multiaddr import Multiaddr
 from transport_worlds import LOOPBACK, echo
 
 from swarmnode.p2p.buffered import NOISE_PROTOCOL_ID, BufferedNoise, key_pair_from_seed
-from swarmnode.p2p.host import Host
+from swarmnode.p2p.host import MAX_STREAMS_PER_PEER, Host
 from swarmnode.p2p.streams import Libp2pTransport
 from swarmnode.p2p.trio_bridge import TrioBridge
 
@@ -52,6 +52,9 @@ NEGOTIATION = {
     "nothing of ours": MULTISTREAM + line(b"ls") + line(b"") + line(b"/nothing/1"),
 }
 """First bytes where multistream-select is spoken: on the wire, for the muxer, on a stream."""
+
+LONG_MESSAGE = b"\xff\xff\xff\xff\x07"
+"""The length of one of 2 GiB."""
 
 NOISE = MULTISTREAM + line(b"/noise")
 HANDSHAKE = {
@@ -133,11 +136,15 @@ async def stranger() -> AsyncIterator[TransportUpgrader]:
             nursery.cancel_scope.cancel()
 
 
-async def secure(upgrader: TransportUpgrader, address: str) -> Any:
+@asynccontextmanager
+async def secure(upgrader: TransportUpgrader, address: str) -> AsyncIterator[Any]:
     """A secured connection for which no muxer is negotiated yet."""
     where, _, peer = address.rpartition("/p2p/")
     raw = await TCP().dial(Multiaddr(where))
-    return await upgrader.upgrade_security(raw, True, ID.from_string(peer))
+    try:
+        yield await upgrader.upgrade_security(raw, True, ID.from_string(peer))
+    finally:
+        raw.stream.stream.socket.close()
 
 
 async def hang_up(connection: Any) -> None:
@@ -152,23 +159,22 @@ async def hang_up(connection: Any) -> None:
 async def send_secured(upgrader: TransportUpgrader, address: str, wire: bytes) -> None:
     """Send `wire` where a muxer would be negotiated."""
     with trio.fail_after(5), suppress(BaseLibp2pError, OSError, trio.BrokenResourceError):
-        connection = await secure(upgrader, address)
-        await connection.write(wire)
-        await hang_up(connection)
+        async with secure(upgrader, address) as connection:
+            await connection.write(wire)
+            await hang_up(connection)
 
 
-async def send_frames(
-    upgrader: TransportUpgrader, address: str, wire: bytes, end: bytes = PONG
-) -> None:
-    """Send `wire` to the muxer and wait for `end`, or until the host hangs up."""
+async def send_frames(upgrader: TransportUpgrader, address: str, wire: bytes) -> bytes:
+    """Send `wire` to the muxer; what comes back until it is read, or until the host hangs up."""
+    answer = b""
     with trio.fail_after(5), suppress(BaseLibp2pError, OSError, trio.BrokenResourceError):
-        connection = await secure(upgrader, address)
-        await upgrader.muxer_multistream._selector.select(connection, True, 5)
-        await connection.write(wire + PING_OURS)
-        answer = b""
-        while end not in answer and (byte := await connection.read(1)):
-            answer += byte
-        await hang_up(connection)
+        async with secure(upgrader, address) as connection:
+            await upgrader.muxer_multistream._selector.select(connection, True, 5)
+            await connection.write(wire + PING_OURS)
+            while PONG not in answer and (byte := await connection.read(1)):
+                answer += byte
+            await hang_up(connection)
+    return answer
 
 
 async def send_on_stream(host: Host, peer: str, addresses: Sequence[str], wire: bytes) -> bytes:
@@ -230,9 +236,9 @@ async def test_nonsense_on_a_stream_ends_that_stream_only(what: str) -> None:
 async def visit_often(upgrader: TransportUpgrader, address: str, count: int) -> None:
     """Connect and hang up, again and again, as fast as the host lets us."""
     for _ in range(count):
-        connection = await secure(upgrader, address)
-        await upgrader.muxer_multistream._selector.select(connection, True, 5)
-        await hang_up(connection)
+        async with secure(upgrader, address) as connection:
+            await upgrader.muxer_multistream._selector.select(connection, True, 5)
+            await hang_up(connection)
 
 
 async def test_a_connection_that_has_ended_gives_its_place_back() -> None:
@@ -248,4 +254,49 @@ async def test_handshakes_that_nobody_finishes_keep_nobody_out() -> None:
             reader, writer = await dial_bare(host)
             stack.callback(writer.close)
             await reader.read(1)  # an answer, unless it is turned away
+        await greet(host)
+
+
+async def test_what_a_stranger_announces_is_not_collected() -> None:
+    """Of a message of 1 GiB in the first line, before anybody is known."""
+    chunk, num_sent = bytes(1 << 20), 0
+    async with public_host() as host:
+        _, writer = await dial_bare(host)
+        writer.write(MULTISTREAM + b"\x80\x80\x80\x80\x04")
+        with suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                while num_sent < 128:
+                    writer.write(chunk)
+                    await writer.drain()
+                    num_sent += 1
+        writer.close()
+        await greet(host)
+    assert num_sent < 128
+
+
+@pytest.mark.parametrize("num_streams", [1, 20])
+async def test_a_stranger_who_exceeds_the_window_is_hung_up_on(num_streams: int) -> None:
+    """Nobody reads that fast, and streams that were refused nobody reads at all."""
+    size = 4 << 20
+    wire = b"".join(
+        frame(DATA, SYN if number < num_streams else 0, 1 + 2 * (number % num_streams), size)
+        + LONG_MESSAGE
+        + bytes(size - len(LONG_MESSAGE))
+        for number in range(40)
+    )
+    async with public_host() as host, TrioBridge.start("stranger", stranger) as bridge:
+        address = host.addresses[0]
+        answer = await bridge.call(send_frames, bridge.resource, address, wire)
+        assert PONG not in answer
+        await greet(host)
+
+
+async def test_a_stranger_has_a_bounded_number_of_streams() -> None:
+    """Also of those of which the protocol is never said."""
+    count = MAX_STREAMS_PER_PEER + 80
+    wire = b"".join(frame(DATA, SYN, 1 + 2 * number, 0) for number in range(count))
+    async with public_host() as host, TrioBridge.start("stranger", stranger) as bridge:
+        address = host.addresses[0]
+        answer = await bridge.call(send_frames, bridge.resource, address, wire)
+        assert answer.count(frame(WINDOW_UPDATE, RST, 0, 0)[:4]) >= 50
         await greet(host)
