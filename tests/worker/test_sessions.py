@@ -21,6 +21,7 @@ from swarmnode.session_messages import (
     SessionFrame,
     SessionToken,
 )
+from swarmnode.worker.engine.conversations import MAX_WAITING_BYTES
 from swarmnode.worker.models import initialize, read_config
 from swarmnode.worker.serving.sampling import sample
 from swarmnode.worker.serving.sessions import SessionKey, Sessions
@@ -256,3 +257,22 @@ def test_sessions_are_bounded_by_conversation_not_by_stage() -> None:
     assert len(sessions) == 2
     sessions.close("x", 1)
     assert len(sessions) == 1
+
+
+def test_what_waits_of_conversations_is_bounded(tmp_path: Path) -> None:
+    """A peer of the plan sends pieces and ends faster than a piece is computed."""
+    swarm = swarm_of(tmp_path, ACROSS)
+    job, generation, target = swarm.manifest.job, Generation(swarm.generation), SlotId(1, 0)
+    large = bytes(MAX_WAITING_BYTES // 2)
+    piece = SessionFrame(job, generation, "s", target, 0, 1, (1, 1, 32), Sampling(), 64)
+    for _ in range(4):
+        swarm.engines[PeerId("b")].handle(piece, large)
+    for number in range(1000):
+        session = "s" if number % 2 else f"s{number}"
+        swarm.engines[PeerId("b")].handle(SessionClose(job, generation, session, target))
+    conversations = swarm.engines[PeerId("b")]._conversations
+    assert conversations is not None
+    assert len(conversations._waiting) <= 3
+    swarm.pump()
+    reasons = [failed.reason for failed in swarm.take(SessionFailed)]
+    assert sum("wait already" in reason for reason in reasons) == 2

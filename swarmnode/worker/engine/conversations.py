@@ -30,7 +30,8 @@ from swarmnode.worker.serving.sessions import SessionKey, Sessions
 from swarmnode.worker.training.state import StageState
 
 MAX_WAITING = 64
-"""Most pieces that wait for their turn; more are refused."""
+MAX_WAITING_BYTES = 256 << 20
+"""Most pieces that wait for their turn, and most bytes of more than one; more are refused."""
 
 
 class Conversations:
@@ -44,9 +45,22 @@ class Conversations:
         self._waiting: deque[tuple[SessionFrame | SessionClose, Payload]] = deque()
 
     def take(self, message: SessionFrame | SessionClose, payload: Payload) -> None:
-        """Put a piece, or the end of a session, behind what waits already."""
-        if isinstance(message, SessionFrame) and len(self._waiting) >= MAX_WAITING:
-            self._fail(message, f"{MAX_WAITING} pieces wait already; try again later")
+        """Put a piece, or the end of a session, behind what waits already.
+
+        The end of a session of which nothing waits comes at once; a second one is left out.
+        """
+        if isinstance(message, SessionClose):
+            key = (message.session, message.target)
+            waiting = [each for each, _ in self._waiting if (each.session, each.target) == key]
+            if not waiting:
+                self._close(message)
+            elif not isinstance(waiting[-1], SessionClose):
+                self._waiting.append((message, payload))
+            return
+        num_bytes = sum(len(waiting) for _, waiting in self._waiting)
+        is_too_long = num_bytes > 0 and num_bytes + len(payload) > MAX_WAITING_BYTES
+        if len(self._waiting) >= MAX_WAITING or is_too_long:
+            self._fail(message, f"{len(self._waiting)} pieces wait already; try again later")
             return
         self._waiting.append((message, payload))
 
