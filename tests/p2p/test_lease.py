@@ -136,7 +136,7 @@ def test_a_thousand_machines_in_turn_can_coordinate(longest: Lease) -> None:
 
 
 def test_the_longest_lease_goes_with_the_largest_assignment() -> None:
-    stages, update = 8, BlobRef("a" * 64, 1 << 30)
+    stages, update = 8, BlobRef("a" * 64, 16 << 20)
     crowd = [PeerId(f"{number:052d}") for number in range(256)]
     plan = Plan(
         Generation(1 << 40),
