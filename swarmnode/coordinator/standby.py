@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import threading
+from collections import defaultdict
 from pathlib import Path
 
 from swarmnode.coordinator.events import CheckpointRecord, EndRecord, Record, StartedRecord
@@ -26,6 +28,7 @@ class StandbyJournals:
     A coordinator that begins to tell its journal again, from line 0, fills a second copy; that
     one takes the first one's place once it is of a later generation, or of the same and as long:
     nothing is forgotten on the way. Long copies are folded at a checkpoint, as the journal itself.
+    May be used in any thread: what is done to one copy is done in turn.
     Raises: OSError where the disk is full or broken.
     """
 
@@ -35,13 +38,15 @@ class StandbyJournals:
         """Lines that a copy tells of, the folded ones included."""
         self._lengths: dict[Path, int] = {}
         """Lines that are in its file."""
+        self._locks: defaultdict[JobId, threading.RLock] = defaultdict(threading.RLock)
 
     def path(self, job: JobId) -> Path:
         return self._directory / job / JOURNAL_FILE
 
     def num_lines(self, job: JobId) -> int:
         """Lines that are known of the job's journal."""
-        return self._count(self.path(job))
+        with self._locks[job]:
+            return self._count(self.path(job))
 
     def take(self, job: JobId, number: int, lines: bytes) -> list[Record]:
         """Append `lines`, of which the first is line `number`; what they say.
@@ -49,6 +54,10 @@ class StandbyJournals:
         Lines that do not follow on what is here, are damaged, or would make the copy longer than
         MAX_JOURNAL_BYTES, are left out.
         """
+        with self._locks[job]:
+            return self._take(job, number, lines)
+
+    def _take(self, job: JobId, number: int, lines: bytes) -> list[Record]:
         rows = lines.splitlines(keepends=True)
         records = [record for record in map(parse_line, rows) if record is not None]
         if len(records) != len(rows) or not rows:
@@ -112,7 +121,9 @@ class StandbyJournals:
     def drop(self, job: JobId) -> None:
         """The job is over, or somebody else's."""
         folder = self._directory / job
-        if folder.exists():
+        with self._locks[job]:
+            if not folder.exists():
+                return
             for path in folder.iterdir():
                 self._counts.pop(path, None)
                 self._lengths.pop(path, None)

@@ -76,8 +76,8 @@ class Succession:
         if papers is not None and self._is_standby(plan):
             self._group.create_task(self._provide(papers), name=f"stand by for {job}")
 
-    def entry(self, job: JobId, number: int, lines: bytes) -> None:
-        """Lines of a journal, unless they are too many. Raises: OSError."""
+    async def entry(self, job: JobId, number: int, lines: bytes) -> None:
+        """Keep lines of a journal, unless they are too many. Raises: OSError."""
         papers = self._papers(job)
         if papers is not None and papers.plan.coordinator == self._me:
             return
@@ -85,7 +85,7 @@ class Succession:
             self._early.pop(job, None)
         elif self._early.total() + len(lines) > MAX_EARLY_BYTES:
             return
-        records = self._journals.take(job, number, lines)
+        records = await asyncio.to_thread(self._journals.take, job, number, lines)
         if papers is None:  # the first lines come before the first plan that we adopt
             self._early[job] += len(lines) if records else 0
         if any(isinstance(record, EndRecord) for record in records):
@@ -124,9 +124,9 @@ class Succession:
                 if self._papers(job) is None:
                     await self._retire(job)
 
-    def num_lines(self, job: JobId) -> int:
+    async def num_lines(self, job: JobId) -> int:
         """Lines of the job's journal that we have."""
-        return self._journals.num_lines(job)
+        return await asyncio.to_thread(self._journals.num_lines, job)
 
     def _stop_waiting(self, job: JobId) -> None:
         task = self._waiting.pop(job, None)
@@ -143,7 +143,7 @@ class Succession:
         del self._waiting[job]
         try:
             papers = self._papers(job)
-            if papers is None or not self._journals.num_lines(job):
+            if papers is None or not await self.num_lines(job):
                 return
             self._log("stands for election", job=job, generation=papers.plan.generation)
             await self._have_tokenizer(papers)
@@ -187,7 +187,7 @@ class Succession:
             if keeping := self._keeping.pop(job, None):
                 await asyncio.wait(keeping)  # what comes here still would be named by nobody
             if await asyncio.to_thread(self._forget, job):
-                self._journals.drop(job)
+                await asyncio.to_thread(self._journals.drop, job)
         except Exception as error:  # as in `_stand`
             self._log("journal not dropped", job=job, reason=str(error))
 

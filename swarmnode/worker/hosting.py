@@ -135,8 +135,8 @@ class JobHost:
                     raise ProtocolError(f"{sender} does not coordinate job {self.job}")
                 before = self.tenancy
                 if isinstance(message, Inquire):
+                    num_lines = await self._tools.num_lines(self.job)
                     is_live = self._coordinator == before.coordinator
-                    num_lines = self._tools.num_lines(self.job)
                     after = before.on_inquire(message, sender, is_live, num_lines)
                 else:
                     after = before.on_assign(message, sender)
@@ -343,7 +343,7 @@ class JobHost:
                     await self._work.save(fence, step, stage, self._group)
             case Entry(number=number, lines=lines):
                 with contextlib.suppress(OSError):  # who lacks lines does not stand in the way
-                    self._tools.on_entry(self.job, number, lines)
+                    await self._tools.on_entry(self.job, number, lines)
             case Release():
                 self._release = message
                 self._ended.set()

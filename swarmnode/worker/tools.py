@@ -1,6 +1,6 @@
 """What every job on a node shares, and where the rest of the node hooks in."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from swarmnode.worker.nursery import Nursery
 from swarmnode.worker.tenancy import VerifyLease, is_voter
 
 
-def _ignore_entry(_job: JobId, _number: int, _lines: bytes) -> None: ...
+async def _ignore_entry(_job: JobId, _number: int, _lines: bytes) -> None: ...
 def _ignore_log(_event: str, **_facts: object) -> None: ...
 def _ignore_job(_job: JobId) -> None: ...
 def _ignore_plan(_job: JobId, _plan: Plan) -> None: ...
@@ -25,7 +25,7 @@ def _no_vote(_inquire: Inquire, _sender: PeerId) -> bytes:
     return b""
 
 
-def _no_lines(_job: JobId) -> int:
+async def _no_lines(_job: JobId) -> int:
     return 0
 
 
@@ -62,9 +62,9 @@ class HostTools:
     """Whether a peer other than the submitter may begin a generation."""
     vote: Callable[[Inquire, PeerId], bytes] = _no_vote
     """Our signature under a promise to another than the coordinator so far."""
-    on_entry: Callable[[JobId, int, bytes], None] = _ignore_entry
+    on_entry: Callable[[JobId, int, bytes], Awaitable[None]] = _ignore_entry
     """Takes lines of a job's journal, the first with its number."""
-    num_lines: Callable[[JobId], int] = _no_lines
+    num_lines: Callable[[JobId], Awaitable[int]] = _no_lines
     """How many lines of a job's journal this node has."""
     on_orphaned: Callable[[JobId], None] = _ignore_job
     """The stream of a job's coordinator broke; nobody has taken over yet."""

@@ -61,7 +61,7 @@ async def keeps_two(network: MemoryNetwork, tmp_path: Path) -> None:
                 forget, group,
                 lambda *trouble, **facts: troubles.append((trouble, facts)),
             )  # fmt: skip
-            succession.entry(job.job, step, line)
+            await succession.entry(job.job, step, line)
         assert all(map(store.has, refs))
         store.drop_ranges(own)
         store.give_back(refs)

@@ -1,6 +1,7 @@
 """What one job's papers, submitter or files may do to a node that stands by: nothing to others."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,25 @@ async def test_a_journal_has_a_largest_size(
             await submitter.tell_lines(piece, piece.count(b"\n"))
         await submitter.ask()
         assert n.coordinator.standby.num_lines(job.job) == 2 * piece.count(b"\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that is written slowly")
+async def test_a_disk_that_is_slow_with_a_journal_holds_up_nobody_else(
+    tmp_path: Path,
+) -> None:
+    async with standby(tmp_path) as n:
+        slow, other = (signed(SURROGATE, n.store, name=name) for name in ("slow", "other"))
+        submitter = await Submitter.begin(n, slow)
+        await submitter.adopt()
+        await submitter.tell(FIRST)
+        await submitter.ask()
+        journal = n.coordinator.standby.path(slow.job)
+        journal.unlink()
+        os.mkfifo(journal)  # whoever writes to it waits for a reader
+        await submitter.tell(STARTED)
+        for generation in (1, 2, 3):
+            await Submitter.begin(n, other, generation)
+        reader = os.open(journal, os.O_RDONLY | os.O_NONBLOCK)
+        await submitter.ask()
+        assert len(os.read(reader, 1 << 16).splitlines()) == 1, "it was on its way all the while"
+        os.close(reader)

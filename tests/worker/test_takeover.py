@@ -256,10 +256,14 @@ async def test_a_second_coordinator_takes_over_the_same_child_and_the_first_is_f
     blobs: Path, job: Manifest, undisturbed: dict[int, str]
 ) -> None:
     heard: list[Any] = []
+
+    async def keep(_job: str, number: int, lines: bytes) -> None:
+        heard.append((number, lines))
+
     hooks = {
         "on_orphaned": lambda job: heard.append(("orphaned", job)),
         "on_adopted": lambda _, plan: heard.append(("adopted", plan.generation)),
-        "on_entry": lambda _, number, lines: heard.append((number, lines)),
+        "on_entry": keep,
         "vote": lambda asked, who: f"{asked.generation}{who}".encode()[:64],
     }
     async with lone_node(blobs, **hooks) as n:
