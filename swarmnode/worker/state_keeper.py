@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from swarmnode.domain import BlobRef, PeerId, Plan
 from swarmnode.engine_messages import Base, Replay
@@ -317,6 +318,7 @@ def save_tenancy(directory: Path, tenancy: Tenancy, manifest: bytes, signature: 
     Raises: SwarmError if it cannot be written; the former file is then still there.
     """
     body = {**tenancy.to_json(), "manifest": manifest.decode(), "signature": signature.hex()}
+    body["sha256"] = _digest(body)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_durably(directory / TENANCY_NAME, json.dumps(body).encode())
@@ -333,8 +335,15 @@ def load_tenancy(directory: Path) -> tuple[Tenancy, bytes, bytes] | None:
     path = directory / TENANCY_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        digest = raw.pop("sha256", None)  # older versions wrote none
+        if digest not in (None, _digest(raw)):
+            raise ValueError("its content does not have its hash")
         return Tenancy.from_json(raw), raw["manifest"].encode(), bytes.fromhex(raw["signature"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

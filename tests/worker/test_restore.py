@@ -10,12 +10,13 @@ import pytest
 from worker_node import GOOD, SUBMITTER, Node, manifest, node, plan
 
 from swarmnode.domain import DeviceSpec, Generation, JobId
+from swarmnode.errors import DataError
 from swarmnode.manifest import Manifest
 from swarmnode.network import LastLife, load_last_life, save_last_life
 from swarmnode.papers import Papers
 from swarmnode.worker import probe
 from swarmnode.worker.service import KEPT_S, drop_old_folders
-from swarmnode.worker.state_keeper import TENANCY_NAME, save_tenancy
+from swarmnode.worker.state_keeper import TENANCY_NAME, load_tenancy, save_tenancy
 from swarmnode.worker.tenancy import Tenancy
 
 BAD = manifest(name="bad")
@@ -46,7 +47,25 @@ def spoil_the_text(path: Path) -> None:
 def name_what_a_later_version_rejects(path: Path) -> None:
     raw = json.loads(path.read_text())
     raw["manifest"] = json.dumps({**json.loads(raw["manifest"]), "of_an_old_version": 1})
+    del raw["sha256"]
     path.write_text(json.dumps(raw))
+
+
+def test_no_flipped_bit_makes_another_promise(tmp_path: Path) -> None:
+    path = keep(tmp_path, GOOD)
+    data, whole = path.read_bytes(), load_tenancy(path.parent)
+    num_noticed = 0
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        try:
+            assert load_tenancy(path.parent) == whole
+        except DataError:
+            num_noticed += 1
+    assert num_noticed > 0.9 * len(data), "else it is the name of the hash, or white space"
+    raw = json.loads(data)
+    del raw["sha256"]  # as older versions wrote it
+    path.write_text(json.dumps(raw))
+    assert load_tenancy(path.parent) == whole
 
 
 @pytest.mark.parametrize(
