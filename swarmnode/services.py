@@ -19,7 +19,7 @@ from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.coordinator.solving import Solver
 from swarmnode.coordinator.succession import Succession
-from swarmnode.domain import Advert, DeviceSpec, Limits, PeerId
+from swarmnode.domain import Advert, DeviceSpec, JobId, Limits, PeerId
 from swarmnode.errors import ChildError, SwarmError
 from swarmnode.home import load_token, write_private
 from swarmnode.http import server
@@ -117,7 +117,7 @@ class Services:
                 verify_lease=may_coordinate,
                 vote=self._vote,
                 on_entry=lambda job, number, lines: self.succession.entry(job, number, lines),
-                num_lines=lambda job: self.succession.num_lines(job),
+                num_lines=self._num_lines,
                 on_orphaned=lambda job: self.succession.orphaned(job),
                 on_followed=lambda job: self.succession.followed(job),
                 on_adopted=lambda job, plan: self.succession.adopted(job, plan),
@@ -140,6 +140,7 @@ class Services:
                 log=self._log,
                 solver=Solver(home / "solver.log"),
                 links=self.link_reports,
+                on_handed_over=lambda job: self.succession.handed_over(job),
             ),
             group,
             self._facts.ask,
@@ -293,6 +294,10 @@ class Services:
     async def measure(self) -> None:
         """Probe a few peers now and then."""
         await self._prober.run()
+
+    async def _num_lines(self, job: JobId) -> int:
+        """Lines of a job's journal that this node knows, as its coordinator or as a voter."""
+        return max(await self.succession.num_lines(job), self.coordinator.num_lines(job))
 
     def _observe_transfer(self, peer: PeerId, num_bytes: int, seconds: float) -> None:
         self._table.observe_transfer(peer, num_bytes, seconds, time.monotonic())

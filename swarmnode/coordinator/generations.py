@@ -46,6 +46,7 @@ class Generations(Moves):
         self._broken_links = patience.BrokenLinks()
         self._moved_s = now_s
         self._lacking_since_s = math.inf
+        self._behind_since_s = math.inf
         """Since when others refuse what they hold and we need."""
         self._num_outbid = 0
         self._evaluation_due = False
@@ -242,8 +243,7 @@ class Generations(Moves):
 
     @property
     def _ask_again_s(self) -> float:
-        """Candidates ask again after different times, or they would always refuse each other; all
-        but the first give the others more and more time."""
+        """Candidates ask again after different times; all but the first give others ever more."""
         voters = self.plan.voters if self.plan is not None else ()
         rank = voters.index(self.me) if self.me in voters else len(voters)
         return patience.ASK_AGAIN_S * (1 + rank * min(self._num_outbid + 1, patience.MAX_YIELD))
@@ -255,13 +255,18 @@ class Generations(Moves):
         if forming.is_gathering:
             return []
         inquiry = forming.inquiry
-        if inquiry.successor is not None:
-            return self._hand_over(inquiry.successor)
+        if (successor := inquiry.successor) is not None:
+            return self._hand_over(successor)
         if not inquiry.is_settled(now_s):
+            if (ahead := inquiry.ahead) is not None:
+                self._behind_since_s = min(self._behind_since_s, now_s)
+                if now_s - self._behind_since_s >= SEARCH_S:
+                    return self._hand_over(ahead)  # whoever knows the later plan may stand
             is_late = now_s - self._moved_s >= self._ask_again_s
             if inquiry.is_refused and is_late and inquiry.is_heard_out(now_s):
                 return self._outbid(inquiry, now_s)
             return []
+        self._behind_since_s = math.inf
         finished = self._finish_step(forming, now_s)
         try:
             effects = forming.place(self.head, self.pool, now_s)
@@ -296,7 +301,8 @@ class Generations(Moves):
         if plan is None or self.is_trained:
             return []
         found = forming.inquiry.readies(plan, self.step)
-        is_ours = plan.coordinator == self.me
+        # Where the next number was free, nobody else can have finished the step meanwhile.
+        is_ours = plan.coordinator == self.me and self._proposed == plan.generation + 1
         record = self._votes.recover(found, self.step, plan, self.manifest, is_ours=is_ours)
         if record is None:
             return []

@@ -197,6 +197,16 @@ class Inquiry:
                     return peer
         return None
 
+    @property
+    def ahead(self) -> PeerId | None:
+        """Who led those last that have adopted a later plan than we know, where we cannot win
+        without them."""
+        unwilling = self._unwilling()
+        if all(self._is_enough(group, set(group) - unwilling) for group in self.quorums):
+            return None
+        leaders = {self._refused[p].promised_to: self._refused[p].adopted for p in unwilling}
+        return max(sorted(leaders.keys() - {self._me}), key=leaders.__getitem__, default=None)
+
     def _unwilling(self) -> set[PeerId]:
         """Who has adopted a later plan than we know."""
         return {peer for peer, answer in self._refused.items() if answer.adopted > self._known}

@@ -12,7 +12,7 @@ from swarmnode.coordinator.retention import keep_state
 from swarmnode.coordinator.solver.request import Improvement, ImproveRequest
 from swarmnode.coordinator.solving import Solver
 from swarmnode.coordinator.tenure import Tenure
-from swarmnode.domain import Advert, Generation, PeerId
+from swarmnode.domain import Advert, Generation, JobId, PeerId
 from swarmnode.errors import PeerError, SwarmError
 from swarmnode.messages import (
     Adopt,
@@ -54,6 +54,8 @@ class RunnerTools:
     """What this node measured of its own links."""
     on_checkpoint: Callable[[], object] = lambda: None
     """Called in a thread after a checkpoint is in the journal: older ones may go."""
+    on_handed_over: Callable[[JobId], None] = lambda _: None
+    """Called when this node leaves a job to another coordinator, or candidate."""
 
 
 @dataclass
@@ -158,6 +160,11 @@ class JobRunner:
         if isinstance(event, on.StopAsked):
             self._stop = event
         await self._events.put(event)
+
+    @property
+    def num_lines(self) -> int:
+        """Lines of its journal."""
+        return self._journal.num_lines
 
     @property
     def checkpoints(self) -> list[on.CheckpointRecord]:

@@ -199,6 +199,11 @@ class CoordinatorService:
         except Exception as error:  # as in `restore`
             self._tools.log("job not restored", path=str(directory), reason=str(error))
 
+    def num_lines(self, job: JobId) -> int:
+        """Lines of the journal of a job that is coordinated here; else 0."""
+        running = self._jobs.get(job)
+        return 0 if running is None or running.ledger.is_over else running.runner.num_lines
+
     def take_over(self, papers: Papers) -> None:
         """Stand for election as the coordinator of a job whose own is gone.
 
@@ -307,8 +312,10 @@ class CoordinatorService:
                 )
                 self._tools.log("job goes on", job=job)
             ledger = runner.ledger
-            if ledger.successor is not None and ledger.manifest.submitter != self._identity.peer:
-                (directory / JOB_FILE).unlink(missing_ok=True)
+            if ledger.successor is not None:
+                if ledger.manifest.submitter != self._identity.peer:
+                    (directory / JOB_FILE).unlink(missing_ok=True)
+                self._tools.on_handed_over(job)
         except Exception as error:  # a broken disk, or a bug of ours: the node's other jobs go on
             cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
             self._tools.log("job gave up", job=job, reason=str(cause))

@@ -57,6 +57,8 @@ class Succession:
         self._group = group
         self._log = log
         self._waiting: dict[JobId, asyncio.Task[None]] = {}
+        self._followed: set[JobId] = set()
+        """Jobs of which somebody who coordinates, or may, talks to us."""
         self._keeping: dict[JobId, set[asyncio.Task[None]]] = {}
         """Checkpoints that are being fetched, by job."""
         self._loadable: set[BlobRef] = set()
@@ -68,6 +70,7 @@ class Succession:
 
     def followed(self, job: JobId) -> None:
         """Somebody who coordinates the job, or may, talks to us: if it goes too, we hear of it."""
+        self._followed.add(job)
         self._stop_waiting(job)
 
     def adopted(self, job: JobId, plan: Plan) -> None:
@@ -104,9 +107,19 @@ class Succession:
 
         Without a plan nobody can stand, and whoever comes tells the journal from its first line.
         """
+        self._followed.discard(job)
         papers = self._papers(job)
         if papers is None and self._early.pop(job, 0):
             self._journals.drop(job)
+        self._wait(job, papers)
+
+    def handed_over(self, job: JobId) -> None:
+        """This node has left the job to another candidate. If nobody talks to us, nobody's end will
+        tell that this one did not win either: stand again."""
+        if job not in self._followed:
+            self._wait(job, self._papers(job))
+
+    def _wait(self, job: JobId, papers: Papers | None) -> None:
         if papers is None or self._me not in papers.plan.voters or job in self._waiting:
             return
         rank = papers.plan.voters.index(self._me)

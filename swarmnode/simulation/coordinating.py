@@ -81,6 +81,10 @@ class Coordinating:
             self._daemon.start(self._run())
 
     @property
+    def num_lines(self) -> int:
+        return self._journal.num_lines
+
+    @property
     def is_over(self) -> bool:
         return self.ledger.is_over
 
@@ -107,6 +111,8 @@ class Coordinating:
             self._daemon.machine.disk.remove(f"coordinating/{ledger.job}/job.json")
         if self._is_at_rest:
             self._leave()
+        if ledger.successor is not None:
+            self._daemon.succession.handed_over(ledger.job)
 
     @property
     def _is_at_rest(self) -> bool:

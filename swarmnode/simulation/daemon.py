@@ -118,6 +118,11 @@ class Daemon:
         """A voter of the last plan, or who was elected; signatures are taken for genuine."""
         return is_voter(tenancy, lease, sender, generation) or lease == sender.encode()
 
+    def num_lines(self, job: JobId) -> int:
+        """Lines of a job's journal that we know, as its coordinator or as a voter."""
+        runner, known = self.runners.get(job), self.succession.journals.num_lines(job)
+        return known if runner is None or runner.is_over else max(known, runner.num_lines)
+
     def take_over(self, job: JobId) -> None:
         """Stand for election, with the journal as it was told. Raises: OSError."""
         runner = self.runners.get(job)

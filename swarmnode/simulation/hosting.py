@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 ORPHAN_S = 600.0
 """As in worker.hosting, which starts processes."""
-LOAD_S = (0.1, 0.1, 1.0, 8.0, 40.0)
-"""How long a restarted daemon may read and check what it has on its disk."""
 SAVE_AGAIN_S = 10.0
 """As in worker.service."""
 
@@ -105,7 +103,7 @@ class Hosting:
             return
         if isinstance(message, Inquire):
             is_live = self._line is not None and self._line.peer == before.coordinator
-            num_lines = self._daemon.succession.journals.num_lines(self.manifest.job)
+            num_lines = self._daemon.num_lines(self.manifest.job)
             after = before.on_inquire(message, sender, is_live, num_lines)
         else:
             after = before.on_assign(message, sender)
@@ -126,7 +124,8 @@ class Hosting:
 
     def _load(self, end: End) -> Script:
         has_files = bool(self._daemon.machine.disk.paths(self._directory))
-        left_s = self._daemon.world.random.choice(LOAD_S) if has_files else 0.0
+        load_s = self._daemon.swarm.scenario.swarm.load_s
+        left_s = self._daemon.world.random.choice(load_s) if has_files else 0.0
         while left_s > 0:
             yield min(HEARTBEAT_S, left_s)
             left_s -= HEARTBEAT_S

@@ -8,7 +8,7 @@ fenced off; a commit is in a journal before anybody hears of it.
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from swarmnode.coordinator.events import CommitRecord, Record, StartedRecord
+from swarmnode.coordinator.events import BegunRecord, CommitRecord, Record, StartedRecord
 from swarmnode.domain import Generation, JobId, Plan
 from swarmnode.errors import SwarmError
 from swarmnode.messages import (
@@ -33,8 +33,8 @@ class _Job:
     """The most steps that were ever committed."""
     head: int = 0
     """Where the job stands: less, after a stage was lost."""
-    committed_by: Plan | None = None
-    """The plan whose holders agreed on the newest step."""
+    held_by: Plan | None = None
+    """The plan whose holders have the newest step: they agreed on it, or took it since."""
     said: dict[tuple[int, str], int] = field(default_factory=dict)
     """By stage and machine: the newest step of which it has said that its update is on its disk;
     a plan that begins at an earlier one takes it off again."""
@@ -71,6 +71,8 @@ class Invariants:
         known.writing.pop(who, None)
         if isinstance(record, StartedRecord):
             known.journals[who] = record.step
+        if isinstance(record, BegunRecord) and record.generation in known.begun:
+            self._taken(known, known.begun[record.generation][1])
         if not isinstance(record, CommitRecord):
             return
         step = record.step
@@ -92,7 +94,14 @@ class Invariants:
         known.num_committed = max(known.num_committed, step + 1)
         known.head = step + 1
         if record.generation in known.begun and step + 1 == known.num_committed:
-            known.committed_by = known.begun[record.generation][1]
+            known.held_by = known.begun[record.generation][1]
+
+    def _taken(self, known: _Job, plan: Plan) -> None:
+        """All holders of a plan have their states, and those of the one before may be let go."""
+        known.held_by = plan
+        for stage in range(plan.num_stages):
+            for peer in plan.holders(stage):
+                known.said[stage, peer] = known.head - 1
 
     def replaced_journal(self, job: JobId, who: str) -> None:
         """A machine takes over, with a journal that it was told."""
@@ -139,8 +148,8 @@ class Invariants:
         head, known.head = known.head, step
         said = known.said
         known.said = {key: min(newest, step - 1) for key, newest in said.items()}
-        if step < head and known.committed_by is not None:
-            last = known.committed_by
+        if step < head and known.held_by is not None:
+            last = known.held_by
             found = [
                 {p for p in last.holders(stage) if said.get((stage, p), -1) >= head - 1}
                 for stage in range(last.num_stages)

@@ -36,6 +36,8 @@ class SwarmSection(Section):
     """How long a machine that is gone stays in the directory."""
     tick_s: float = Field(default=1.0, gt=0)
     """How often a coordinator looks around."""
+    load_s: tuple[float, ...] = Field(default=(0.1, 0.1, 1.0, 8.0, 40.0), min_length=1)
+    """A restarted daemon reads and checks what is on its disk for one of these, drawn evenly."""
 
 
 class JobSection(Section):

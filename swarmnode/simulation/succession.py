@@ -88,10 +88,12 @@ class SimSuccession:
         self.journals = SimStandby(daemon.machine.disk)
         self._waiting: dict[JobId, int] = {}
         self._num_waits = 0
+        self._followed: set[JobId] = set()
         self._early: set[JobId] = set()
         """Jobs of which lines came before a plan."""
 
     def followed(self, job: JobId) -> None:
+        self._followed.add(job)
         self._waiting.pop(job, None)
 
     def entry(self, entry: Entry) -> None:
@@ -112,10 +114,18 @@ class SimSuccession:
             self.journals.drop(entry.job)
 
     def orphaned(self, job: JobId) -> None:
-        plan, me = self._plan(job), PeerId(self._daemon.name)
-        if plan is None and job in self._early:
+        self._followed.discard(job)
+        if self._plan(job) is None and job in self._early:
             self._early.remove(job)
             self.journals.drop(job)
+        self._wait(job)
+
+    def handed_over(self, job: JobId) -> None:
+        if job not in self._followed:
+            self._wait(job)
+
+    def _wait(self, job: JobId) -> None:
+        plan, me = self._plan(job), PeerId(self._daemon.name)
         if plan is None or me not in plan.voters or job in self._waiting:
             return
         rank = plan.voters.index(me)

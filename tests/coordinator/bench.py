@@ -106,6 +106,7 @@ class Worker:
     adopted: int = 0
     is_warm: bool = True
     ready: tuple[Ready, ...] = ()
+    in_touch: bool = True
     is_reading: bool = False
     """What is on its disk; it answers no question before that is done."""
 
@@ -188,7 +189,8 @@ class Worker:
             held.append(Held(stage, start, stop, len(history), log[0], log_to))
         return Answer(
             job, generation, granted, Generation(self.promised), PeerId(self.promised_to),
-            tuple(held), self.ready, is_warm=self.is_warm,
+            tuple(held), self.ready, is_warm=self.is_warm, in_touch=self.in_touch,
+            adopted=Generation(self.adopted),
         )  # fmt: skip
 
     def _reach(

@@ -238,3 +238,22 @@ def test_who_knows_no_plan_of_a_job_tells_nobody_that_theirs_is_void() -> None:
     assert inquiry.has_majority
     assert not inquiry.is_agreed
     assert inquiry.insist() == []
+
+
+@pytest.mark.parametrize(
+    ("later", "leads", "found"),
+    [
+        ("bc", "z", "z"),
+        ("c", "z", None),  # we may still win without it
+        ("bc", "a", None),  # nobody else can be left to stand
+    ],
+)
+def test_a_candidate_without_which_a_majority_knows_a_later_plan_is_behind(
+    later: str, leads: str, found: str | None
+) -> None:
+    inquiry = asked("a", plan("a", "abc"), is_begun=True)
+    inquiry.heard(PeerId("a"), grant("a"), 1.0)
+    for peer in peers("bc"):
+        adopted = 4 if peer in later else 3
+        inquiry.heard(peer, refusal(9, leads, in_touch=False, adopted=adopted), 1.0)
+    assert inquiry.ahead == found

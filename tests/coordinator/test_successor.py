@@ -68,6 +68,19 @@ def test_whose_own_journal_says_that_it_committed_nothing_wants_all_copies_of_a_
     assert again.commits() == list(range(STEPS))
 
 
+def test_whose_number_was_taken_cannot_know_that_nobody_committed_the_step() -> None:
+    first = trained(2)
+    del first.workers[others_at(first, 1)[-1]]
+    assert first.ledger.plan is not None
+    for worker in first.workers.values():  # somebody asked meanwhile, and may have finished it
+        worker.promised, worker.promised_to = first.ledger.plan.generation + 1, "z"
+        worker.in_touch = False
+    again = successor(first, "a").start()
+    again.run()
+    assert min(computed(again)) == 3
+    assert again.commits() == list(range(STEPS))
+
+
 def test_a_step_of_which_one_stage_has_no_update_is_computed_again() -> None:
     first = trained(2)
     plan = first.ledger.plan
@@ -243,3 +256,18 @@ def test_what_took_longer_to_compute_is_looked_for_longer(step_s: float, patienc
     wait(bench, [], 2 * MAX_SEARCH_S)
     assert "a stage is lost; back to step 0" in bench.ledger.reason
     assert patience_s <= bench.now_s - started_s < patience_s + 2
+
+
+def test_who_is_behind_for_long_makes_room_for_those_who_know_more() -> None:
+    first = trained(3)
+    first.forget_messages()
+    for peer, worker in first.workers.items():
+        if peer != B:
+            worker.adopted, worker.promised, worker.promised_to = 10**6, 10**6, "z"
+            worker.in_touch = False
+    second = successor(first).start()
+    started_s = second.now_s
+    while second.ledger.phase != "handed over" and second.now_s < 10 * SEARCH_S:
+        second.next() if second.inbox else second.tick(1.0)
+    assert second.ledger.successor == "z"
+    assert SEARCH_S <= second.now_s - started_s < SEARCH_S + 5

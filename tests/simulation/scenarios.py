@@ -7,6 +7,7 @@ from swarmnode.simulation.scenario import (
     FaultSection,
     JobSection,
     Scenario,
+    SwarmSection,
     load_scenario,
 )
 
@@ -15,6 +16,7 @@ FAULTS = load_scenario(EXAMPLES / "faults.toml")
 CALM = Scenario(name="calm")
 PEACE = Scenario(
     name="peace",
+    swarm=SwarmSection(load_s=(0.1,)),
     jobs=(JobSection(steps=40, step_s=0.6, evaluate_every=3),),
     faults=FaultSection(every_s=6.0, last_s=60.0, kinds=("leave", "join")),
 )

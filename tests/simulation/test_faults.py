@@ -60,6 +60,8 @@ ONCE_FAILED = (
     7570,  # a step was to be predicted while none of the plan's machines was usable
     3493,  # a step was committed of which one of two holders had no copy
     4485,  # as 3493
+    4134,  # one that could not win kept others from standing; who gave way never stood again
+    4789,  # a step that another one had finished meanwhile was computed again by its coordinator
 )
 """Seeds that showed a bug once. Schedules change with the code; they stay as samples."""
 

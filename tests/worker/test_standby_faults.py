@@ -273,3 +273,17 @@ async def test_a_disk_that_is_slow_with_a_journal_holds_up_nobody_else(
         await submitter.ask()
         assert len(os.read(reader, 1 << 16).splitlines()) == 1, "it was on its way all the while"
         os.close(reader)
+
+
+async def test_who_gave_way_to_a_candidate_that_never_came_stands_again(tmp_path: Path) -> None:
+    async with standby(tmp_path) as n:
+        job = signed(byte_tokenizer(tmp_path), n.store)
+        submitter = await Submitter.begin(n, job)
+        await submitter.adopt()
+        await submitter.tell(FIRST, STARTED)
+        await submitter.ask()
+        n.succession.handed_over(job.job)
+        assert not n.succession._waiting, "somebody talks to us: his end will tell"
+    async with standby(tmp_path) as n:
+        n.succession.handed_over(job.job)
+        assert (await n.logs("stands for election"))["job"] == job.job
