@@ -45,8 +45,8 @@ class Generations(Moves):
         self._failures = 0
         self._broken_links = patience.BrokenLinks()
         self._moved_s = now_s
+        self._behind_since_s = math.inf  # others know a later plan, and we cannot win without them
         self._lacking_since_s = math.inf
-        self._behind_since_s = math.inf
         """Since when others refuse what they hold and we need."""
         self._num_outbid = 0
         self._evaluation_due = False

@@ -25,6 +25,9 @@ PATIENCE_S = 8.0
 """A dead coordinator that is started again by then goes on itself."""
 NEXT_S = 3.0
 """Each further voter waits so much longer."""
+VAIN_S, MAX_VAIN_S = 4.0, 600.0
+"""Who gave way to another candidate, and is followed by nobody, waits so much longer before it
+stands once more; twice as long each time, at most MAX_VAIN_S."""
 NUM_STANDBYS = 2
 """Voters after the coordinator that also keep what a coordinator needs besides the journal."""
 MAX_EARLY_BYTES = 128 << 20
@@ -59,6 +62,8 @@ class Succession:
         self._waiting: dict[JobId, asyncio.Task[None]] = {}
         self._followed: set[JobId] = set()
         """Jobs of which somebody who coordinates, or may, talks to us."""
+        self._num_vain: Counter[JobId] = Counter()
+        """How often this node gave way since somebody did."""
         self._keeping: dict[JobId, set[asyncio.Task[None]]] = {}
         """Checkpoints that are being fetched, by job."""
         self._loadable: set[BlobRef] = set()
@@ -71,6 +76,7 @@ class Succession:
     def followed(self, job: JobId) -> None:
         """Somebody who coordinates the job, or may, talks to us: if it goes too, we hear of it."""
         self._followed.add(job)
+        self._num_vain.pop(job, None)
         self._stop_waiting(job)
 
     def adopted(self, job: JobId, plan: Plan) -> None:
@@ -117,14 +123,16 @@ class Succession:
         """This node has left the job to another candidate. If nobody talks to us, nobody's end will
         tell that this one did not win either: stand again."""
         if job not in self._followed:
-            self._wait(job, self._papers(job))
+            self._num_vain[job] += 1
+            self._wait(job, self._papers(job), vain_s(self._num_vain[job]))
 
-    def _wait(self, job: JobId, papers: Papers | None) -> None:
+    def _wait(self, job: JobId, papers: Papers | None, longer_s: float = 0.0) -> None:
         if papers is None or self._me not in papers.plan.voters or job in self._waiting:
             return
         rank = papers.plan.voters.index(self._me)
         if rank > 0:
-            task = self._group.create_task(self._stand(job, rank), name=f"succession of {job}")
+            wait_s = PATIENCE_S + NEXT_S * (rank - 1) + longer_s
+            task = self._group.create_task(self._stand(job, wait_s), name=f"succession of {job}")
             self._waiting[job] = task
 
     async def sweep(self, now_s: float) -> None:
@@ -151,8 +159,8 @@ class Succession:
 
     # ---- tasks -----------------------------------------------------------------------------
 
-    async def _stand(self, job: JobId, rank: int) -> None:
-        await asyncio.sleep(PATIENCE_S + NEXT_S * (rank - 1))
+    async def _stand(self, job: JobId, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
         del self._waiting[job]
         try:
             papers = self._papers(job)
@@ -210,3 +218,8 @@ class Succession:
     def _providers(self, plan: Plan) -> list[Provider]:
         named = [peer for peer in (plan.coordinator, *plan.workers()) if peer != self._me]
         return [(peer, plan.addresses.get(peer, ())) for peer in dict.fromkeys(named)]
+
+
+def vain_s(num_vain: int) -> float:
+    """How much longer who gave way so often in a row waits before it stands again."""
+    return min(VAIN_S * 2.0 ** min(num_vain - 1, 16), MAX_VAIN_S)

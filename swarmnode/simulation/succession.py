@@ -1,10 +1,11 @@
 """Ready to take over, as in `coordinator.succession`: the journals of others, and elections."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from swarmnode.coordinator.events import EndRecord, Record, StartedRecord
 from swarmnode.coordinator.journal import parse_line
-from swarmnode.coordinator.succession import NEXT_S, PATIENCE_S
+from swarmnode.coordinator.succession import NEXT_S, PATIENCE_S, vain_s
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.messages import (
     Entry,
@@ -89,11 +90,13 @@ class SimSuccession:
         self._waiting: dict[JobId, int] = {}
         self._num_waits = 0
         self._followed: set[JobId] = set()
+        self._num_vain: Counter[JobId] = Counter()
         self._early: set[JobId] = set()
         """Jobs of which lines came before a plan."""
 
     def followed(self, job: JobId) -> None:
         self._followed.add(job)
+        self._num_vain.pop(job, None)
         self._waiting.pop(job, None)
 
     def entry(self, entry: Entry) -> None:
@@ -122,9 +125,10 @@ class SimSuccession:
 
     def handed_over(self, job: JobId) -> None:
         if job not in self._followed:
-            self._wait(job)
+            self._num_vain[job] += 1
+            self._wait(job, vain_s(self._num_vain[job]))
 
-    def _wait(self, job: JobId) -> None:
+    def _wait(self, job: JobId, longer_s: float = 0.0) -> None:
         plan, me = self._plan(job), PeerId(self._daemon.name)
         if plan is None or me not in plan.voters or job in self._waiting:
             return
@@ -132,10 +136,11 @@ class SimSuccession:
         if rank > 0:
             self._num_waits += 1
             self._waiting[job] = self._num_waits
-            self._daemon.start(self._stand(job, rank, self._num_waits))
+            wait_s = PATIENCE_S + NEXT_S * (rank - 1) + longer_s
+            self._daemon.start(self._stand(job, wait_s, self._num_waits))
 
-    def _stand(self, job: JobId, rank: int, number: int) -> Script:
-        yield PATIENCE_S + NEXT_S * (rank - 1)
+    def _stand(self, job: JobId, wait_s: float, number: int) -> Script:
+        yield wait_s
         if self._waiting.get(job) != number:
             return
         del self._waiting[job]

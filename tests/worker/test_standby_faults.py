@@ -287,3 +287,4 @@ async def test_who_gave_way_to_a_candidate_that_never_came_stands_again(tmp_path
     async with standby(tmp_path) as n:
         n.succession.handed_over(job.job)
         assert (await n.logs("stands for election"))["job"] == job.job
+    assert [succession.vain_s(number) for number in (1, 2, 3, 9, 99)] == [4, 8, 16, 600, 600]
