@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -55,7 +54,6 @@ class WorkerService:
         self._hosts: dict[JobId, JobHost] = {}
         self._unreadable: set[JobId] = set()
         """Jobs of which the log says that their papers cannot be read."""
-        drop_old_folders(tools.directory, time.time())
         transport.serve(CONTROL_PROTOCOL, self._accept, max_message_bytes=MAX_CONTROL_BYTES)
 
     async def nurse(self) -> None:
@@ -247,12 +245,6 @@ def slots_of(hosts: Iterable[JobHost], me: PeerId) -> tuple[str, ...]:
         if host.plan is not None and not host.tenancy.is_released and host.tenancy.plan is not None
         for at in host.tenancy.plan.hosted_by(me)
     )
-
-
-def drop_old_folders(directory: Path, now_s: float) -> None:
-    """Delete the folders of jobs in which nothing was written for KEPT_S."""
-    for folder in old_folders(directory, now_s):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def old_folders(directory: Path, now_s: float) -> list[Path]:

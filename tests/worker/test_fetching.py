@@ -27,7 +27,7 @@ from swarmnode.worker.fetching import Fetcher
 from swarmnode.worker.files import state_path
 from swarmnode.worker.handoff import Handoff, Update
 from swarmnode.worker.models import save_tensors
-from swarmnode.worker.service import drop_old_folders
+from swarmnode.worker.service import old_folders
 from swarmnode.worker.state_keeper import StateKeeper
 from swarmnode.worker.training.log import UpdateLog
 
@@ -284,7 +284,7 @@ async def test_a_ready_that_the_log_does_not_bear_out_is_refused(tmp_path: Path)
             w.keeper.said(wrong)
 
 
-def test_folders_that_nobody_touched_for_a_week_go(tmp_path: Path) -> None:
+def test_folders_that_nobody_touched_for_a_week_are_old(tmp_path: Path) -> None:
     old, young = tmp_path / "old", tmp_path / "young"
     for folder in (old, young):
         (folder / "stage-0").mkdir(parents=True)
@@ -293,6 +293,5 @@ def test_folders_that_nobody_touched_for_a_week_go(tmp_path: Path) -> None:
     for path in (old, *old.rglob("*"), young, young / "stage-0"):
         os.utime(path, (0, now_s - KEPT_S - 1))
     os.utime(young / "stage-0" / "3.update", (0, now_s - KEPT_S + 1))
-    drop_old_folders(tmp_path, now_s)
-    assert (old.exists(), young.exists()) == (False, True)
-    drop_old_folders(tmp_path / "nowhere", now_s)
+    assert old_folders(tmp_path, now_s) == [old]
+    assert old_folders(tmp_path / "nowhere", now_s) == []
