@@ -14,11 +14,13 @@ Real daemons on this machine's loopback train a small model, 2 stages x 2 slots,
              the plan has two voters, so that the other one may not, it counts as a restart
   leave      (only where --roles names it) a node as in `node`, but by SIGTERM: it gives its slots
              to others and ends; started again after that
+  resign     (the same) the node that coordinates, by SIGTERM: it gives its place away too
 
 and the time runs from the signal until the coordinator's API shows a step that a later generation
-has committed (`directory` and `leave`, where nobody need wait for one: the longest time without a
-commit until the process is there again, or has ended). Looked at every 20 ms. Before each kill the
-coordinator sees all four nodes again and every stage has two holders. `join`: see _joining.py.
+has committed (`directory`, `leave` and `resign`, where nobody need wait for one: the longest time
+without a commit until the process is there again, or has ended). Looked at every 20 ms. Before each
+kill the coordinator sees all four nodes again and every stage has two holders. `join`: see
+_joining.py.
 
 In the end the journals must hold every step once, with the same bits wherever a step was written
 down twice, and 95 % of the kills must be recovered from within what is promised (`ASKED_S`); else
@@ -68,7 +70,7 @@ from swarmnode.errors import SwarmError
 from swarmnode.http.api import JobView
 
 KILLS = ("child", "node", "directory", "restart", "takeover")
-ROLES = (*KILLS, "leave")
+ROLES = (*KILLS, "leave", "resign")
 ASKED_S = {"child": 8.0, "node": 8.0, "restart": 10.0, "takeover": 20.0}
 NUM_NODES = 4
 MOST_PAUSE_S = 1.0
@@ -92,7 +94,7 @@ class Recovery:
     back_s: float | None = None
     """From the kill until the directory process is there again; only of `directory`."""
     ended_s: float | None = None
-    """From the signal until the node's process has ended; only of `leave`."""
+    """From the signal until the node's process has ended; only of `leave` and `resign`."""
 
 
 class Kills:
@@ -147,8 +149,15 @@ class Kills:
         )
 
     def _leave(self) -> Recovery:
+        hosts = self._hosts(self._training())
+        return self._asked("leave", self._chance.choice([n for n in hosts if n != self._job.node]))
+
+    def _resign(self) -> Recovery:
+        self._training()
+        return self._asked("resign", self._coordinator())
+
+    def _asked(self, role: str, node: int) -> Recovery:
         job = self._job
-        node = self._chance.choice([n for n in self._hosts(self._training()) if n != job.node])
         view = self._training()
         at_s = time.monotonic()
         leaver, statuses = job.ask_to_end(node), list[int]()
@@ -164,7 +173,7 @@ class Kills:
             raise SwarmError(f"node {node} ended with {statuses}; the view then was {seen}")
         job.spawn([node])
         return Recovery(
-            "leave", node, view.step, view.generation, self._num_parts, longest_s, ended_s=ended_s
+            role, node, view.step, view.generation, self._num_parts, longest_s, ended_s=ended_s
         )
 
     def _pause(

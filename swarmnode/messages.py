@@ -10,6 +10,7 @@ from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.fields import Count, Fence, Hash, Losses, Proof, Seconds, Speed, Text
 from swarmnode.fields import FrameKind as FrameKind
 from swarmnode.fields import SentKind as SentKind
+from swarmnode.handovers import HandOver, Leaving, StandingBy
 from swarmnode.heartbeats import Checking, Ping
 from swarmnode.session_messages import SessionClose, SessionFailed, SessionFrame, SessionToken
 
@@ -368,15 +369,6 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """This life of a node wants to end soon: do without it; said again until it is let go."""
-
-    job: JobId
-    generation: Fence
-    incarnation: Count
-
-
-@dataclass(frozen=True)
 class LinkBroken:
     """A stream to another worker of the plan broke."""
 
@@ -388,7 +380,7 @@ class LinkBroken:
 
 Message = (
     Frame | Announce | SessionFrame | SessionToken | SessionFailed | SessionClose
-    | Inquire | Assign | Adopt | Prepare | Begin | Commit | Entry | Save | Release | Ping
+    | Inquire | Assign | Adopt | Prepare | Begin | Commit | Entry | Save | Release | HandOver | Ping
     | Answer | Placed | Adopted | Prepared | Failed | Ready | Evaluated | Applied | Saved | Traffic
-    | Leaving | Checking | LinkBroken
+    | Leaving | StandingBy | Checking | LinkBroken
 )  # fmt: skip

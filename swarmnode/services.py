@@ -119,6 +119,7 @@ class Services:
                 on_entry=lambda job, number, lines: self.succession.entry(job, number, lines),
                 num_lines=self._num_lines,
                 on_orphaned=lambda job: self.succession.orphaned(job),
+                on_named=lambda job: self.succession.named(job),
                 on_followed=lambda job: self.succession.followed(job),
                 on_adopted=lambda job, plan: self.succession.adopted(job, plan),
             ),
@@ -153,6 +154,7 @@ class Services:
             self.worker.papers,
             self.coordinator.take_over,
             self.coordinator.retention.forget,
+            self.worker.stand_by,
             group,
             self._log,
         )

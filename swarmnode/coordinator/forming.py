@@ -178,11 +178,12 @@ class Forming:
         decision = self._decision
         if decision is None or self._saved.keys() != self._sources.saves.keys():
             return None
-        stay = {p: said for p, said in self.inquiry.granted.items() if not pool.leaves(p)}
+        granted = self.inquiry.granted
+        stay = {p: said for p, said in granted.items() if p == self.me or not pool.leaves(p)}
         voters = choose_voters(self.me, decision.slots, self._shadows, stay)
         grids = (decision.slots, self._shadows)
         named = [self.me, *(peer for grid in grids for row in grid for peer in row)]
-        addresses = pool.addresses(sorted({*named, *self.inquiry.granted}))
+        addresses = pool.addresses(sorted({*named, *granted}))
         return decision.plan(
             self.inquiry.generation, self.me, addresses, self._shadows, voters, head.begun_voters
         )

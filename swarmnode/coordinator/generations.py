@@ -155,7 +155,7 @@ class Generations(Moves):
         plan = self.plan
         if plan is None or self.phase == "waiting":
             return False
-        if not self.is_begun or peer in plan.workers():
+        if not self.is_begun or peer in (*plan.workers(), self.me):
             return True
         stay = {voter for voter in plan.voters if not self.pool.leaves(voter)} - self._gone
         asked = Inquiry(self._proposed, plan, self.me)
@@ -167,8 +167,8 @@ class Generations(Moves):
         plan = self.plan
         if plan is None or self._forming is not None or self.phase == "waiting":
             return []
-        leavers = {*filter(self.pool.leaves, (*plan.workers(), *plan.voters))}
-        losers = leavers.intersection(plan.workers())
+        losers = {*filter(self.pool.leaves, plan.workers())}
+        leavers = losers | ({*filter(self.pool.leaves, plan.voters)} - {self.me})
         if not self.is_begun:
             return self._form(now_s) if losers else []
         is_ending = self.is_trained and self.phase != "serving"  # the final state is on its way

@@ -13,7 +13,8 @@ from swarmnode.coordinator.votes import (
     DisagreementError,
     DivergedError,
 )
-from swarmnode.domain import BlobRef, ModelFacts, PeerId, SlotId
+from swarmnode.domain import BlobRef, Generation, ModelFacts, PeerId, SlotId
+from swarmnode.handovers import HandOver, Leaving, StandingBy
 from swarmnode.heartbeats import Checking
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
@@ -24,7 +25,6 @@ from swarmnode.messages import (
     Commit,
     Evaluated,
     Failed,
-    Leaving,
     LinkBroken,
     Placed,
     Prepared,
@@ -69,7 +69,13 @@ class Ledger(Generations):
                     self._forming.inquiry.checking(peer, now_s)
                 return []
             case on.Heard(peer, Leaving(incarnation=incarnation)):
-                return self._on_leaving(peer, incarnation, now_s)
+                effects = self._on_leaving(peer, incarnation, now_s)
+                # Otherwise a step is on its way: the next boundary is the time.
+                is_between = self.phase == "serving" and self._forming is None
+                return effects + self._hand_down() if is_between else effects
+            case on.Heard(peer, StandingBy()):
+                self.standing_by.add(peer)
+                return []
             case on.Heard(peer, Prepared() as prepared):
                 if self._preparing is not None:
                     self._preparing.heard(peer, prepared)
@@ -153,7 +159,7 @@ class Ledger(Generations):
         if over:
             return self._finish_saving(now_s)
         self.phase = "training"
-        effects = self._see_off(now_s)
+        effects = self._hand_down() or self._see_off(now_s)
         if self._forming is not None or self.phase != "training":
             return effects
         if self._is_time_to_move(now_s):
@@ -233,4 +239,25 @@ class Ledger(Generations):
         self._failures = 0
         self.pool.forgive(self.plan.workers() if self.plan else ())
         self.progress.going_again(now_s)
-        return self._see_off(now_s)
+        return self._hand_down() or self._see_off(now_s)
+
+    # ---- a coordinator that leaves ---------------------------------------------------------
+
+    def _hand_down(self) -> list[Effect]:
+        """Where this node leaves and has no slots any more: the first standby goes on at once.
+
+        Nothing where no standby has all that it needs yet: it says so once it has.
+        """
+        plan = self.plan
+        if plan is None or not self.pool.leaves(self.me) or self.is_worker(self.me):
+            return []
+        able = [
+            peer
+            for peer in plan.voters
+            if peer in self.standing_by - self._gone and not self.pool.leaves(peer)
+        ]
+        if not able:
+            return []
+        word = HandOver(self.job, Generation(max(self.generation, self._proposed)), able[0])
+        told = sorted({*plan.workers(), *plan.voters, *self._leftover})
+        return [*(Send(peer, word) for peer in told), *self._hand_over(able[0])]

@@ -99,6 +99,13 @@ class StandbyJournals:
                 found[JobId(path.parent.name)] = told
         return found
 
+    def newest_checkpoint(self, job: JobId) -> CheckpointRecord | None:
+        """The newest one that the job's journal tells of."""
+        with self._locks[job]:
+            records, _ = read_journal(self.path(job))
+        told = [record for record in records if isinstance(record, CheckpointRecord)]
+        return told[-1] if told else None
+
     def unchanged_since(self, then_s: float) -> list[JobId]:
         """Jobs of whose journals nothing was written since `then_s` on the wall clock."""
         found = []

@@ -25,6 +25,9 @@ PATIENCE_S = 8.0
 """A dead coordinator that is started again by then goes on itself."""
 NEXT_S = 3.0
 """Each further voter waits so much longer."""
+HEIR_S = 0.5
+"""Whom a leaving coordinator names waits so long: all others are to have heard of it too, as who
+still hears a coordinator promises nobody else anything."""
 VAIN_S, MAX_VAIN_S = 4.0, 600.0
 """Who gave way to another candidate, and is followed by nobody, waits so much longer before it
 stands once more; twice as long each time, at most MAX_VAIN_S."""
@@ -47,6 +50,7 @@ class Succession:
         papers: Callable[[JobId], Papers | None],
         take_over: Callable[[Papers], None],
         forget: Callable[[JobId | None], bool],
+        stand_by: Callable[[JobId], None],
         group: asyncio.TaskGroup,
         log: Callable[..., None],
     ) -> None:
@@ -57,15 +61,20 @@ class Succession:
         self._papers = papers
         self._take_over = take_over
         self._forget = forget
+        self._stand_by = stand_by
         self._group = group
         self._log = log
         self._waiting: dict[JobId, asyncio.Task[None]] = {}
         self._followed: set[JobId] = set()
         """Jobs of which somebody who coordinates, or may, talks to us."""
+        self._named: set[JobId] = set()
+        """Jobs whose coordinator left and named us."""
         self._num_vain: Counter[JobId] = Counter()
         """How often this node gave way since somebody did."""
         self._keeping: dict[JobId, set[asyncio.Task[None]]] = {}
         """Checkpoints that are being fetched, by job."""
+        self._kept: dict[JobId, CheckpointRecord] = {}
+        """The newest checkpoint that is here, by job."""
         self._loadable: set[BlobRef] = set()
         """Tokenizers of which a child has seen that they can be loaded."""
         self._early: Counter[JobId] = Counter()
@@ -76,6 +85,7 @@ class Succession:
     def followed(self, job: JobId) -> None:
         """Somebody who coordinates the job, or may, talks to us: if it goes too, we hear of it."""
         self._followed.add(job)
+        self._named.discard(job)
         self._num_vain.pop(job, None)
         self._stop_waiting(job)
 
@@ -108,6 +118,10 @@ class Succession:
                 self._keeping.setdefault(job, set()).add(task)
                 task.add_done_callback(self._keeping[job].discard)
 
+    def named(self, job: JobId) -> None:
+        """The coordinator leaves, and wants this node to go on."""
+        self._named.add(job)
+
     def orphaned(self, job: JobId) -> None:
         """The coordinator's stream broke: unless somebody comes, stand for election.
 
@@ -132,6 +146,7 @@ class Succession:
         rank = papers.plan.voters.index(self._me)
         if rank > 0:
             wait_s = PATIENCE_S + NEXT_S * (rank - 1) + longer_s
+            wait_s = HEIR_S if job in self._named else wait_s
             task = self._group.create_task(self._stand(job, wait_s), name=f"succession of {job}")
             self._waiting[job] = task
 
@@ -173,13 +188,15 @@ class Succession:
             self._log("cannot take over", job=job, reason=str(error))
 
     async def _provide(self, papers: Papers) -> None:
-        """Have what every coordinator gives out: tokenizer and data."""
+        """Have what every coordinator gives out, and the newest complete state."""
         manifest = papers.manifest
         try:
             await self._have_tokenizer(papers)
             for ref in (manifest.data.train, manifest.data.validation) if manifest.data else ():
                 await self._fetch(papers, [ref])
                 await self._fetch(papers, list(TokenIndex.parse(self._store.read(ref)).chunks))
+            await self._have_newest(papers)
+            self._stand_by(manifest.job)
         except Exception as error:  # as in `_stand`
             self._log("not ready to take over", job=manifest.job, reason=str(error))
 
@@ -195,16 +212,34 @@ class Succession:
     async def _keep(self, papers: Papers, record: CheckpointRecord) -> None:
         """Have the newest checkpoint too; of the others as many stay as the coordinator keeps."""
         try:
-            job, providers = papers.manifest.job, self._providers(papers.plan)
-            for ref in record.indexes:
-                await keep_state(job, ref, providers, self._blobs, self._store)
+            await self._keep_states(papers, record)
             await asyncio.to_thread(self._forget, None)
         except Exception as error:  # as in `_stand`
             self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
 
+    async def _have_newest(self, papers: Papers) -> None:
+        """Who was not a standby when the newest checkpoint was made lacks it."""
+        job = papers.manifest.job
+        newest = await asyncio.to_thread(self._journals.newest_checkpoint, job)
+        while newest is not None and newest != self._kept.get(job):
+            tried = newest
+            try:
+                await self._keep_states(papers, tried)
+            except SwarmError:
+                newest = await asyncio.to_thread(self._journals.newest_checkpoint, job)
+                if newest == tried:  # it was not replaced meanwhile
+                    raise
+
+    async def _keep_states(self, papers: Papers, record: CheckpointRecord) -> None:
+        job, providers = papers.manifest.job, self._providers(papers.plan)
+        for ref in record.indexes:
+            await keep_state(job, ref, providers, self._blobs, self._store)
+        self._kept[job] = record
+
     async def _retire(self, job: JobId) -> None:
         """Delete what only this journal names, and then the journal."""
         try:
+            self._kept.pop(job, None)
             if keeping := self._keeping.pop(job, None):
                 await asyncio.wait(keeping)  # what comes here still would be named by nobody
             if await asyncio.to_thread(self._forget, job):

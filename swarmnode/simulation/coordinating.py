@@ -251,9 +251,9 @@ class Coordinating:
         def closed(reason: str) -> None:
             if not line.is_done:
                 line.is_done = True
-                if self._lines.get(peer) is line:
+                if self._lines.get(peer) is line:  # else we gave it up ourselves
                     del self._lines[peer]
-                self.tell(on.WorkerLost(peer, reason))
+                    self.tell(on.WorkerLost(peer, reason))
 
         if end is None:
             closed("cannot be reached")

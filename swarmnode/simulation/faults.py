@@ -255,17 +255,10 @@ class Faults:
                 hosting.work.crash()
 
     def _leave(self, machine: Machine) -> None:
-        """The machine says that it goes until it is let go, or for a while; it comes back.
-
-        Who coordinates just ends, but not where a leaver is to be let go by it in time.
-        """
-        if not machine.runs:
-            return
-        daemon, section = self._swarm.daemons[machine.name], self._swarm.scenario.faults
-        if not daemon.coordinates():
+        """The machine says that it goes until it is let go, or for a while; it comes back."""
+        if machine.runs:
+            daemon = self._swarm.daemons[machine.name]
             self._drain(machine, daemon, self._swarm.world.now_s)
-        elif section is None or not set(section.kinds) <= PEACEFUL:
-            self._end(machine, "leave", with_power=False, back_s=5.0)
 
     def _drain(self, machine: Machine, daemon: "Daemon", since_s: float) -> None:
         swarm, section = self._swarm, self._swarm.scenario.faults

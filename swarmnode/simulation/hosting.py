@@ -2,12 +2,15 @@
 `worker.hosting`. A promise is on the disk before it is told; the log is there before a Ready."""
 
 import json
+import math
 from collections import deque
 from collections.abc import Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from swarmnode.coordinator.succession import NUM_STANDBYS
 from swarmnode.domain import PeerId, Plan
+from swarmnode.handovers import HandOver, Leaving, StandingBy
 from swarmnode.heartbeats import Checking
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
@@ -19,7 +22,6 @@ from swarmnode.messages import (
     Entry,
     Frame,
     Inquire,
-    Leaving,
     Message,
     Prepare,
     Release,
@@ -30,6 +32,7 @@ from swarmnode.simulation.keeping import SimKeeper
 from swarmnode.simulation.network import HEARTBEAT_S, End
 from swarmnode.simulation.world import Script
 from swarmnode.worker.answers import answer, refusal
+from swarmnode.worker.hosting import HEIR_PATIENCE_S
 from swarmnode.worker.state_keeper import TENANCY_NAME
 from swarmnode.worker.tenancy import Tenancy
 
@@ -56,6 +59,8 @@ class Hosting:
         self._inbox: deque[tuple[End, Message]] = deque()
         self._is_busy = False
         self._num_orphaned = 0
+        self._heir_due_s = -math.inf
+        """Until when the one is awaited whom a leaving coordinator has named."""
         self._is_saved = True
         self._is_loaded = False
         self.tenancy = self._read_tenancy()
@@ -103,6 +108,7 @@ class Hosting:
             return
         if isinstance(message, Inquire):
             is_live = self._line is not None and self._line.peer == before.coordinator
+            is_live &= not message.is_agreed  # leases are taken for genuine
             num_lines = self._daemon.num_lines(self.manifest.job)
             after = before.on_inquire(message, sender, is_live, num_lines)
         else:
@@ -116,6 +122,7 @@ class Hosting:
                 self.lost(end)
                 return
         if isinstance(message, Assign) and after is not None:
+            self._stand_by(message.plan)
             self.work.carry_out(message)
             return
         self._answer(end, message, is_granted=after is not None)
@@ -164,7 +171,7 @@ class Hosting:
 
     def _follow(self, end: End) -> None:
         """This stream is the one that counts now."""
-        line, self._line = self._line, end
+        line, self._line, self._heir_due_s = self._line, end, -math.inf
         self._daemon.succession.followed(self.manifest.job)
         if line is not None:
             line.close()
@@ -229,6 +236,11 @@ class Hosting:
                 self.work.save(fence, step, stage)
             case Entry():
                 self._daemon.succession.entry(message)
+            case HandOver(heir=heir):
+                if heir == self._daemon.name:
+                    self._daemon.succession.named(self.manifest.job)
+                self._heir_due_s = self._daemon.world.now_s + HEIR_PATIENCE_S
+                self._break(end)
             case Release(is_over=is_over):
                 yield from self._release(is_over=is_over)
 
@@ -242,7 +254,13 @@ class Hosting:
         if not (yield from self._promise(before, after)):
             self._break(end)
             return
+        self._stand_by(plan)
         self._post(Adopted(job, plan.generation))
+
+    def _stand_by(self, plan: Plan) -> None:
+        """Data and tokenizers are not simulated: whoever is to stand by can do so at once."""
+        if self._daemon.name in plan.voters[1 : 1 + NUM_STANDBYS]:
+            self._post(StandingBy(self.manifest.job, plan.generation))
 
     def _release(self, *, is_over: bool) -> Script:
         """The job is over for this machine: everything of it goes, but for what was promised."""
@@ -275,10 +293,9 @@ class Hosting:
 
     @property
     def is_alone(self) -> bool:
-        """Whether no coordinator on another node talks to us."""
-        return self._line is None or self._line.peer == self._daemon.name
+        """Whether no coordinator talks to us, and none is about to."""
+        return self._line is None and self._daemon.world.now_s >= self._heir_due_s
 
     def say_leaving(self) -> None:
-        if not self.is_alone:
-            incarnation = self._daemon.swarm.directory.incarnation(self._daemon.name)
-            self._post(Leaving(self.manifest.job, self.tenancy.promised, incarnation))
+        incarnation = self._daemon.swarm.directory.incarnation(self._daemon.name)
+        self._post(Leaving(self.manifest.job, self.tenancy.promised, incarnation))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from swarmnode.coordinator.events import EndRecord, Record, StartedRecord
 from swarmnode.coordinator.journal import parse_line
-from swarmnode.coordinator.succession import NEXT_S, PATIENCE_S, vain_s
+from swarmnode.coordinator.succession import HEIR_S, NEXT_S, PATIENCE_S, vain_s
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.messages import (
     Entry,
@@ -90,12 +90,14 @@ class SimSuccession:
         self._waiting: dict[JobId, int] = {}
         self._num_waits = 0
         self._followed: set[JobId] = set()
+        self._named: set[JobId] = set()
         self._num_vain: Counter[JobId] = Counter()
         self._early: set[JobId] = set()
         """Jobs of which lines came before a plan."""
 
     def followed(self, job: JobId) -> None:
         self._followed.add(job)
+        self._named.discard(job)
         self._num_vain.pop(job, None)
         self._waiting.pop(job, None)
 
@@ -115,6 +117,9 @@ class SimSuccession:
         if any(isinstance(record, EndRecord) for record in records):
             self._waiting.pop(entry.job, None)
             self.journals.drop(entry.job)
+
+    def named(self, job: JobId) -> None:
+        self._named.add(job)
 
     def orphaned(self, job: JobId) -> None:
         self._followed.discard(job)
@@ -137,6 +142,7 @@ class SimSuccession:
             self._num_waits += 1
             self._waiting[job] = self._num_waits
             wait_s = PATIENCE_S + NEXT_S * (rank - 1) + longer_s
+            wait_s = HEIR_S if job in self._named else wait_s
             self._daemon.start(self._stand(job, wait_s, self._num_waits))
 
     def _stand(self, job: JobId, wait_s: float, number: int) -> Script:

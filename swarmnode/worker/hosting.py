@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.errors import PeerLostError, ProtocolError
+from swarmnode.handovers import HandOver
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Adopt,
@@ -20,7 +21,6 @@ from swarmnode.messages import (
     Commit,
     Entry,
     Inquire,
-    Leaving,
     Message,
     Prepare,
     Release,
@@ -37,6 +37,8 @@ from swarmnode.worker.tools import HostTools
 
 ORPHAN_S = 600.0
 """How long child and state wait for a coordinator; the files stay longer."""
+HEIR_PATIENCE_S = 10.0
+"""Whom a leaving coordinator has named is awaited so long by who leaves too."""
 
 
 class JobHost:
@@ -75,10 +77,13 @@ class JobHost:
         self._coordinator: PeerId | None = None
         """Who is at the other end of the conversation."""
         self.alone = asyncio.Event()
-        """Set while no coordinator on another node talks to us."""
+        """Set while no coordinator talks to us, and none is about to."""
         self.alone.set()
-        self._orphaned: asyncio.TimerHandle | None = None
-        self._work = ChildHost(manifest, canonical, tools, self.keeper, self._post)
+        self._has_heir = False
+        """Whether the coordinator has left, and has named who goes on."""
+        self._given_up: list[asyncio.TimerHandle] = []
+        """When nobody is awaited any more."""
+        self._work = ChildHost(manifest, canonical, tools, self.keeper, self.post)
 
     @property
     def job(self) -> JobId:
@@ -106,11 +111,6 @@ class JobHost:
         return self.tenancy.names(peer) or peer in self._readers
 
     @property
-    def is_served(self) -> bool:
-        """Whether a coordinator on another node talks to us."""
-        return self._coordinator is not None and self._coordinator != self._tools.me
-
-    @property
     def is_running(self) -> bool:
         """From `begin` until the end of `run`."""
         return not self._stopped.is_set()
@@ -136,7 +136,8 @@ class JobHost:
                 before = self.tenancy
                 if isinstance(message, Inquire):
                     num_lines = await self._tools.num_lines(self.job)
-                    is_live = self._coordinator == before.coordinator
+                    is_deposed = before.is_deposed_by(message, sender)
+                    is_live = self._coordinator == before.coordinator and not is_deposed
                     after = before.on_inquire(message, sender, is_live, num_lines)
                 else:
                     after = before.on_assign(message, sender)
@@ -270,8 +271,8 @@ class JobHost:
         )  # fmt: skip
         self._stop_waiting()
         self._tools.on_followed(self.job)
-        if self.is_served:
-            self.alone.clear()
+        self._has_heir = False
+        self.alone.clear()
         try:
             if answer is not None:
                 conversation.post(answer)
@@ -282,31 +283,30 @@ class JobHost:
         finally:
             if self._conversation is conversation:
                 self._talk = self._conversation = self._coordinator = None
-                self.alone.set()
                 self._wait_for_another()
 
     def _wait_for_another(self) -> None:
         """The coordinator is gone: keep everything for a while."""
+        loop = asyncio.get_running_loop()
+        if self._has_heir:
+            self._given_up.append(loop.call_later(HEIR_PATIENCE_S, self.alone.set))
+        else:
+            self.alone.set()
         if self.tenancy.plan is None:  # nothing but a promise, and that is on the disk
             self._tools.on_orphaned(self.job)
             self.end()
         if not self.is_running or self._ended.is_set():
             return
-        self._orphaned = asyncio.get_running_loop().call_later(ORPHAN_S, self.end)
+        self._given_up.append(loop.call_later(ORPHAN_S, self.end))
         self._tools.on_orphaned(self.job)
 
     def _stop_waiting(self) -> None:
-        if self._orphaned is not None:
-            self._orphaned.cancel()
-            self._orphaned = None
+        while self._given_up:
+            self._given_up.pop().cancel()
 
     def end(self) -> None:
         """Give the job up now; its files stay."""
         self._ended.set()
-
-    def leave(self) -> None:
-        """Tell the coordinator that this node wants to end soon; a voter without slots does too."""
-        self._post(Leaving(self.job, self.tenancy.promised, self._tools.incarnation))
 
     # ---- from the coordinator --------------------------------------------------------------
 
@@ -316,7 +316,7 @@ class JobHost:
                 raise ProtocolError("an assignment by somebody else, or of half a plan")
             answer = await self.consider(message, sender)
             if answer is not None:
-                self._post(answer)
+                self.post(answer)
             elif isinstance(message, Assign):
                 self._start_assigning(message)
             return
@@ -344,6 +344,11 @@ class JobHost:
             case Entry(number=number, lines=lines):
                 with contextlib.suppress(OSError):  # who lacks lines does not stand in the way
                     await self._tools.on_entry(self.job, number, lines)
+            case HandOver(heir=heir):
+                if heir == self._tools.me:
+                    self._tools.on_named(self.job)
+                self._has_heir = True
+                raise _EndedError
             case Release():
                 self._release = message
                 self._ended.set()
@@ -361,7 +366,7 @@ class JobHost:
                 return
             await self._promise(before, after)
         self._tools.on_adopted(self.job, message.plan)
-        self._post(Adopted(self.job, message.plan.generation))
+        self.post(Adopted(self.job, message.plan.generation))
 
     def _is_sound(self, assign: Assign, sender: PeerId) -> bool:
         plan = assign.plan
@@ -375,7 +380,8 @@ class JobHost:
 
     # ---- to the coordinator ----------------------------------------------------------------
 
-    def _post(self, message: Message) -> None:
+    def post(self, message: Message) -> None:
+        """Tell whoever coordinates; nobody hears it where nobody does."""
         if self._conversation is not None:
             try:
                 self._conversation.post(message)
@@ -389,4 +395,4 @@ class JobHost:
 
 
 class _EndedError(Exception):
-    """This node does not hold the job any more."""
+    """This coordinator has said its last word."""

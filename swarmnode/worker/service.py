@@ -10,6 +10,7 @@ from pathlib import Path
 
 from swarmnode.domain import JobId, PeerId
 from swarmnode.errors import ManifestError, PeerError, ProtocolError, SwarmError
+from swarmnode.handovers import Leaving, StandingBy
 from swarmnode.heartbeats import Checking
 from swarmnode.home import KEPT_S
 from swarmnode.manifest import Manifest, check
@@ -111,6 +112,12 @@ class WorkerService:
                 gone = folder.rename(folder.with_name(f".{folder.name}.gone"))
                 await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
 
+    def stand_by(self, job: JobId) -> None:
+        """Tell the job's coordinator that this node has all that it needs in its place."""
+        host = self._hosts.get(job)
+        if host is not None:
+            host.post(StandingBy(job, host.tenancy.promised))
+
     async def leave(self) -> None:
         """Give every slot to others; returns when coordinators have let us go, or are gone.
 
@@ -118,7 +125,8 @@ class WorkerService:
         """
         while leaving := [host for host in self.hosts() if not host.alone.is_set()]:
             for host in leaving:
-                host.leave()
+                fence = host.tenancy.promised
+                host.post(Leaving(host.job, fence, self._tools.incarnation))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SAY_AGAIN_S):
                     for host in leaving:

@@ -35,8 +35,13 @@ def may_coordinate(
     tenancy: "Tenancy", lease: bytes, sender: PeerId, generation: Generation
 ) -> bool:
     """Let those begin a generation who may succeed our coordinator, or show that they did."""
-    if is_voter(tenancy, lease, sender, generation):
-        return True
+    return is_voter(tenancy, lease, sender, generation) or was_elected(
+        tenancy, lease, sender, generation
+    )
+
+
+def was_elected(tenancy: "Tenancy", lease: bytes, sender: PeerId, generation: Generation) -> bool:
+    """Whether the lease makes `sender` the coordinator, by `generation` at the latest."""
     try:
         shown = Lease.decode(lease)
         if shown.last_holder(tenancy.submitter) != sender:
@@ -87,12 +92,19 @@ class Tenancy:
         generation = _generation(message)
         return is_known or verify_lease(self, message.lease, sender, generation)
 
+    def is_deposed_by(self, inquire: Inquire, sender: PeerId) -> bool:
+        """Whether a majority has elected `sender`: the plan of our coordinator never began, and
+        never will, though it may talk to us still."""
+        generation = inquire.generation
+        return inquire.is_agreed and was_elected(self, inquire.lease, sender, generation)
+
     def on_inquire(
         self, inquire: Inquire, sender: PeerId, coordinator_is_live: bool, num_lines: int = 0
     ) -> "Tenancy | None":
         """The tenancy with the promise that is asked for, or None where it is not granted.
 
-        `coordinator_is_live`: whether a control stream with `coordinator` is open now.
+        `coordinator_is_live`: whether a control stream with `coordinator` is open now, and it may
+        go on still.
         `num_lines`: lines of the job's journal that this node has; who has fewer would forget.
         What a majority has granted already makes void whatever else is known: no plan that was
         adopted meanwhile can begin any more.

@@ -68,6 +68,8 @@ class HostTools:
     """How many lines of a job's journal this node has."""
     on_orphaned: Callable[[JobId], None] = _ignore_job
     """The stream of a job's coordinator broke; nobody has taken over yet."""
+    on_named: Callable[[JobId], None] = _ignore_job
+    """A job's coordinator leaves, and this node is to go on; the stream ends next."""
     on_followed: Callable[[JobId], None] = _ignore_job
     """Somebody who coordinates a job, or may, talks to us from now on."""
     on_adopted: Callable[[JobId, Plan], None] = _ignore_plan

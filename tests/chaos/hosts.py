@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 Found = TypeVar("Found")
-PREFIX = "swchaos"
+PREFIX = f"sw{os.getpid()}x"
+"""Of this run: another one beside it has namespaces of its own."""
 _NEW_NET = 0x40000000
 
 

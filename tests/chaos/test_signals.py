@@ -83,6 +83,25 @@ def test_a_node_that_is_asked_to_stop_hands_over_first(trial: Trial, undisturbed
     }, "after the beginning it was placed anew between two steps only: none is computed twice"
 
 
+def test_the_coordinator_is_asked_to_stop_and_gives_its_place_away_too(
+    trial: Trial, undisturbed: Outcome
+) -> None:
+    job = trial.submit("resigns")
+    job.reaches(4)
+    leaver = trial.node(0)
+    leaver.ask_to_stop()
+    assert leaver.wait_stopped(60) == 0, leaver.log_tail()
+    left = json.loads((leaver.home / DEPARTURE_FILE).read_text())
+    assert (len(left["handed_over"]) > 0, left["kept"], left["in_time"]) == (True, [], True)
+    assert left["coordinated"] == [], "others have all its jobs"
+    view = job.until(lambda view: view.phase == "serving")
+    assert job.node != 0
+    assert trial.peers[0] not in {p for row in view.placement for p in row}
+    assert (view.recoveries, view.killed_peers) == (0, ()), "nobody was lost"
+    assert job.outcome() == undisturbed
+    assert trial.fallen() == [0]
+
+
 def test_a_child_that_hangs_is_replaced_by_its_daemon(trial: Trial, undisturbed: Outcome) -> None:
     """Its node answers all the while, so nobody else finds out who holds the step up."""
     victim = trial.node(2)

@@ -7,7 +7,8 @@ import pytest
 
 from swarmnode.coordinator import events as on
 from swarmnode.domain import PeerId
-from swarmnode.messages import Answer, Leaving, Placed, Release
+from swarmnode.handovers import Leaving
+from swarmnode.messages import Answer, Placed, Release
 from tests.coordinator.bench import Bench, histories, manifest
 
 STEPS = 12

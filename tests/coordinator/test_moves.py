@@ -6,7 +6,8 @@ from swarmnode.coordinator import events as on
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import Improvement
 from swarmnode.domain import Generation, PeerId
-from swarmnode.messages import Assign, Commit, Leaving, Prepare, Save
+from swarmnode.handovers import Leaving
+from swarmnode.messages import Assign, Commit, Prepare, Save
 from tests.coordinator.bench import Bench, Worker, advert, histories, manifest
 
 STEPS = 12

@@ -58,7 +58,7 @@ async def keeps_two(network: MemoryNetwork, tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as group:  # ends when everything is fetched
             succession = Succession(
                 ME, journals, store, blobs, lambda _job: papers, lambda _papers: None,
-                forget, group,
+                forget, lambda _job: None, group,
                 lambda *trouble, **facts: troubles.append((trouble, facts)),
             )  # fmt: skip
             await succession.entry(job.job, step, line)

@@ -40,9 +40,9 @@ CLOCKS = Scenario(
 """A job that takes long enough for several jumps at its coordinator."""
 RESTARTS = Scenario(
     name="restarts",
-    swarm=FAULTS.swarm,
-    jobs=(FAULTS.jobs[0].model_copy(update={"steps": 20}),),
-    faults=FaultSection(kinds=("power", "kill", "power"), every_s=1.5, most_wiped=1),
+    swarm=FAULTS.swarm.model_copy(update={"nodes": (3, 4), "load_s": (0.1, 0.1, 30.0)}),
+    jobs=(FAULTS.jobs[0].model_copy(update={"steps": 80}),),
+    faults=FaultSection(kinds=("power", "kill", "power"), every_s=2.5, last_s=150.0, most_wiped=0),
 )
 """Often all holders of a stage are started again at once, and read what is on their disks."""
 

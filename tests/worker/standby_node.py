@@ -44,6 +44,7 @@ class StandbyNode(Node):
             on_entry=lambda *entry: self.succession.entry(*entry),
             num_lines=lambda job: self.succession.num_lines(job),
             on_orphaned=lambda job: self.succession.orphaned(job),
+            on_named=lambda job: self.succession.named(job),
             on_followed=lambda job: self.succession.followed(job),
             on_adopted=lambda *adopted: self.succession.adopted(*adopted),
         )  # fmt: skip
@@ -67,7 +68,8 @@ class StandbyNode(Node):
         self.coordinator = CoordinatorService(ME, folder / "led", tools, group, facts_of)
         self.succession = Succession(
             ME.peer, self.coordinator.standby, self.store, self.tools.blobs, self.service.papers,
-            self.coordinator.take_over, self.coordinator.retention.forget, group, self._log,
+            self.coordinator.take_over, self.coordinator.retention.forget, self.service.stand_by,
+            group, self._log,
         )  # fmt: skip
 
     async def restore(self) -> None:

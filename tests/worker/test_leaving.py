@@ -1,16 +1,27 @@
 """A node that wants to end says so until each of its coordinators has let it go."""
 
 import asyncio
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from worker_node import GOOD, ME, STRANGER, SUBMITTER, Node, answer, assign, node, plan
 
 from swarmnode.domain import Generation
-from swarmnode.messages import Adopt, Adopted, Answer, Failed, Inquire, Leaving, Release
-from swarmnode.p2p.ports import Stream
+from swarmnode.errors import PeerLostError
+from swarmnode.handovers import HandOver, Leaving
+from swarmnode.messages import (
+    Adopt,
+    Adopted,
+    Answer,
+    Failed,
+    Inquire,
+    Release,
+)
+from swarmnode.p2p.ports import EndOfStream, Stream
 from swarmnode.wire import pack
-from swarmnode.worker import fetching, service
+from swarmnode.worker import fetching, hosting, service
 from swarmnode.worker.service import slots_of
 
 
@@ -84,3 +95,54 @@ async def test_what_nobody_took_over_is_still_its_own(tmp_path: Path) -> None:
         async with asyncio.timeout(5):
             await n.service.leave()
         assert slots_of(hosts, ME.peer) == (f"{GOOD.job} 0/0",)
+
+
+async def test_whom_the_coordinator_named_is_awaited_and_told_too(tmp_path: Path) -> None:
+    named: list[Any] = []
+    async with node(tmp_path, on_named=named.append) as n, asyncio.TaskGroup() as group:
+        first = await assigned(n)
+        leave = group.create_task(n.service.leave())
+        assert isinstance(await answer(first), Leaving)
+        await first.send(pack(HandOver(GOOD.job, Generation(1), STRANGER.peer)))
+        await ended(first)
+        assert not leave.done(), "somebody is about to ask"
+        second = await n.stream()
+        await second.send(pack(assign(plan=plan(generation=2))), GOOD.canonical())
+        while not isinstance(await answer(second), Leaving):
+            pass
+        await second.send(pack(Release(GOOD.job, "others do it now")))
+        async with asyncio.timeout(5):
+            await leave
+    assert named == [], "it was another one"
+
+
+async def test_who_was_named_hears_of_it_and_nobody_is_awaited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "HEIR_PATIENCE_S", 0.05)
+    named: list[Any] = []
+    async with node(tmp_path, on_named=named.append) as n, asyncio.TaskGroup() as group:
+        stream = await assigned(n)
+        leave = group.create_task(n.service.leave())
+        await stream.send(pack(HandOver(GOOD.job, Generation(1), ME.peer)))
+        async with asyncio.timeout(5):
+            await leave
+    assert named == [GOOD.job]
+
+
+async def test_what_was_handed_over_in_an_earlier_generation_is_not_ours(tmp_path: Path) -> None:
+    named: list[Any] = []
+    async with node(tmp_path, on_named=named.append) as n:
+        stream = await assigned(n, generation=2)
+        await stream.send(pack(HandOver(GOOD.job, Generation(1), ME.peer)))
+        await stream.send(pack(Release(GOOD.job, "over")))
+        await ended(stream)
+    assert named == []
+
+
+async def ended(stream: Stream) -> None:
+    """Returns when the other side has closed the stream."""
+    async with asyncio.timeout(5):
+        with contextlib.suppress(EndOfStream, PeerLostError):
+            while True:
+                await stream.receive()
