@@ -34,7 +34,8 @@ class Faults:
         self._swarm = swarm
         self._chance = swarm.world.random
         self._num_wiped = 0
-        self._stays_wrong = False
+        self._wrong: Machine | None = None
+        """Whose clock stays wrong."""
         section = swarm.scenario.faults
         self.last_s = 0.0 if section is None else section.last_s + max(LENGTHS_S)
         """By then everything that was broken is mended."""
@@ -212,6 +213,8 @@ class Faults:
 
     def _clock(self, machine: Machine) -> None:
         """The wall clock jumps, and later back; that of one machine, perhaps, never."""
+        if machine is self._wrong:
+            return  # right for a while, it would win an election, and then see nobody
         jump_s = self._chance.choice(CLOCK_JUMPS_S) * self._chance.choice((-1.0, 1.0))
 
         def turn(seconds: float) -> None:
@@ -222,7 +225,7 @@ class Faults:
         self._tell(machine, "clock")
         turn(jump_s)
         if self._chance.random() < STAYS_WRONG and self._may_stay_wrong(machine):
-            self._stays_wrong = True
+            self._wrong = machine
         else:
             self._swarm.world.after(self._chance.choice(LENGTHS_S), None, turn, -jump_s)
 
@@ -230,7 +233,8 @@ class Faults:
         """Who sees nobody cannot begin a job, nor place it anew: not one that coordinates."""
         swarm = self._swarm
         has_begun = all(map(swarm.invariants.num_committed, swarm.manifests))
-        return has_begun and not self._stays_wrong and not swarm.daemons[machine.name].coordinates()
+        is_first = self._wrong is None
+        return has_begun and is_first and not swarm.daemons[machine.name].coordinates()
 
     def _rot(self, machine: Machine) -> None:
         """The power fails, and a bit flips in a state or a log; promises and journals stay."""
