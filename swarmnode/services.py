@@ -204,7 +204,7 @@ class Services:
         finally:
             kept = slots_of(hosts, me)
             handed_over = tuple(slot for slot in before if slot not in kept)
-            led = tuple(job.ledger.job for job in self.coordinator.jobs if not job.ledger.is_over)
+            led = self.coordinator.led(unfollowed={host.job for host in hosts if host.has_heir})
             self._leave_word(Departure(os.getpid(), handed_over, kept, led, in_time))
 
     def _leave_word(self, departure: Departure) -> None:

@@ -49,10 +49,9 @@ class JobState:
         levels = levels_of(manifest.codecs)
         self.link_codecs = LinkCodecs(levels if manifest.follows_links else levels[:1])
         self.standing_by: set[PeerId] = set()
-        """Who has said that it has all that a coordinator needs."""
+        """Who has said that it has all that a coordinator needs, the newest checkpoint included."""
         self.successor: PeerId | None = None
-        """Who coordinates the job instead, once a majority follows somebody else, or this node
-        leaves."""
+        """Who coordinates the job instead, once a majority follows somebody else."""
         self._snapshot_every = snapshot_every(manifest)
 
     @property

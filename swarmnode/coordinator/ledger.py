@@ -5,9 +5,11 @@ and the commit is in the journal; whatever is lost before that is computed again
 generation from the same weights. How a generation is formed is in forming.py.
 """
 
+import math
+
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator import patience
-from swarmnode.coordinator.events import Effect, Event, Send, Write
+from swarmnode.coordinator.events import Effect, Event, Hangup, Send, Write
 from swarmnode.coordinator.generations import Generations
 from swarmnode.coordinator.votes import (
     DisagreementError,
@@ -33,6 +35,12 @@ from swarmnode.messages import (
     Traffic,
 )
 
+STUCK_S = 5.0
+"""A coordinator that leaves waits so long for a generation that others may never agree to."""
+
+BLIND_S = 30.0
+"""Who waits for peers, and does not see those it talks to, lets another one try after so long."""
+
 
 class Ledger(Generations):
     """One job: who does what, whose part of the step is ready, what may be committed."""
@@ -44,6 +52,10 @@ class Ledger(Generations):
         self._evaluated: dict[SlotId, Evaluated] = {}
         self._save_again_s = now_s
         """When a final state that could not be stored is asked for again."""
+        self._leaves_since_s = math.inf
+        """Since when this node wants to end."""
+        self._blind_since_s = math.inf
+        """Since when it waits for peers, and sees less of them than talk to it."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Take one event; the effects must be performed in order."""
@@ -54,6 +66,7 @@ class Ledger(Generations):
                 self.outlook.measured.linked(self.me, links)
                 return self._on_peers(peers, now_s)
             case on.WorkerLost(peer, reason):
+                self.standing_by.discard(peer)
                 return self._on_lost(peer, reason, now_s)
             case on.Heard(peer, Answer() as answer):
                 return self._on_answer(peer, answer, now_s)
@@ -70,9 +83,7 @@ class Ledger(Generations):
                 return []
             case on.Heard(peer, Leaving(incarnation=incarnation)):
                 effects = self._on_leaving(peer, incarnation, now_s)
-                # Otherwise a step is on its way: the next boundary is the time.
-                is_between = self.phase == "serving" and self._forming is None
-                return effects + self._hand_down() if is_between else effects
+                return effects + self._go(now_s) if peer == self.me else effects
             case on.Heard(peer, StandingBy()):
                 self.standing_by.add(peer)
                 return []
@@ -98,6 +109,8 @@ class Ledger(Generations):
                 self.replanning.answered(self.generation, asked, found, now_s)
                 return self._on_better(now_s)
             case on.Tick():
+                if (heir := self._seeing_one(now_s)) is not None:
+                    return self._name(heir)
                 if self.phase == "saving" and self._forming is None:
                     return self._on_tick(now_s) + self._finish_saving(now_s)
                 return self._on_tick(now_s)
@@ -222,6 +235,7 @@ class Ledger(Generations):
         if checkpoint is None or (self.checkpoint and self.checkpoint.step >= step):
             return []
         self.checkpoint = checkpoint
+        self.standing_by.clear()  # until they have that too
         effects: list[Effect] = [Write(checkpoint)]
         return effects + (self._finish_saving(now_s) if self.phase == "saving" else [])
 
@@ -243,6 +257,16 @@ class Ledger(Generations):
 
     # ---- a coordinator that leaves ---------------------------------------------------------
 
+    def _go(self, now_s: float) -> list[Effect]:
+        """This node wants to end, and says so again and again."""
+        self._leaves_since_s = min(self._leaves_since_s, now_s)
+        forming = self._forming
+        if forming is None:  # while it trains, the next step boundary is the time
+            return self._hand_down() if self.phase == "serving" else []
+        is_stuck = bool(forming.missing) or not forming.inquiry.has_majority
+        is_late = now_s - self._leaves_since_s >= STUCK_S
+        return [Hangup(self.me)] if is_stuck and is_late else []
+
     def _hand_down(self) -> list[Effect]:
         """Where this node leaves and has no slots any more: the first standby goes on at once.
 
@@ -256,8 +280,22 @@ class Ledger(Generations):
             for peer in plan.voters
             if peer in self.standing_by - self._gone and not self.pool.leaves(peer)
         ]
-        if not able:
-            return []
-        word = HandOver(self.job, Generation(max(self.generation, self._proposed)), able[0])
-        told = sorted({*plan.workers(), *plan.voters, *self._leftover})
-        return [*(Send(peer, word) for peer in told), *self._hand_over(able[0])]
+        return self._name(able[0]) if able else []
+
+    def _seeing_one(self, now_s: float) -> PeerId | None:
+        """Who may see the peers for which this node waits. It does not see even those that it talks
+        to: its wall clock is wrong, or its directory gone, and it would wait for ever."""
+        is_waiting = self.plan is not None and self.phase == "waiting" and self._forming is None
+        voters = self.plan.voters if self.plan is not None and is_waiting else ()
+        others = [peer for peer in voters if peer != self.me and peer not in self._gone]
+        unseen = [peer for peer in others if not self.pool.is_here(peer)]
+        self._blind_since_s = min(self._blind_since_s, now_s) if unseen else math.inf
+        return unseen[0] if now_s - self._blind_since_s >= BLIND_S else None
+
+    def _name(self, heir: PeerId) -> list[Effect]:
+        """Say to all who goes on, and be done."""
+        assert self.plan is not None
+        word = HandOver(self.job, Generation(max(self.generation, self._proposed)), heir)
+        told = sorted({*self.plan.workers(), *self.plan.voters, *self._leftover})
+        self.phase, self.reason = "handed over", f"{heir} is to coordinate it now"
+        return [Send(peer, word) for peer in told]

@@ -94,6 +94,10 @@ class Pool:
             self._failures[peer] >= num_strikes for peer in {*self._alive, *workers}
         )
 
+    def is_here(self, peer: PeerId) -> bool:
+        """Whether the directory knows the peer."""
+        return peer in self._alive
+
     def usable(self, now_s: float) -> tuple[Advert, ...]:
         """Peers that may be given work, by id."""
         return tuple(

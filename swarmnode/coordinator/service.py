@@ -4,7 +4,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -203,6 +203,11 @@ class CoordinatorService:
         """Lines of the journal of a job that is coordinated here; else 0."""
         running = self._jobs.get(job)
         return 0 if running is None or running.ledger.is_over else running.runner.num_lines
+
+    def led(self, unfollowed: Set[JobId]) -> tuple[JobId, ...]:
+        """Jobs that are coordinated here, with those of `unfollowed`: nobody came for them yet."""
+        jobs = [job.ledger for job in self.jobs]
+        return tuple(led.job for led in jobs if not led.is_over or led.job in unfollowed)
 
     def take_over(self, papers: Papers) -> None:
         """Stand for election as the coordinator of a job whose own is gone.

@@ -38,6 +38,7 @@ class StandbyJournals:
         """Lines that a copy tells of, the folded ones included."""
         self._lengths: dict[Path, int] = {}
         """Lines that are in its file."""
+        self._newest: dict[JobId, CheckpointRecord | None] = {}
         self._locks: defaultdict[JobId, threading.RLock] = defaultdict(threading.RLock)
 
     def path(self, job: JobId) -> Path:
@@ -84,8 +85,10 @@ class StandbyJournals:
             again.replace(path)
             self._counts[path] = self._counts.pop(again)
             self._lengths[path] = self._lengths.pop(again)
-        is_whole = any(isinstance(record, CheckpointRecord) for record in records)
-        if is_whole and self._lengths.get(path, 0) > FOLD_AT_LINES:
+        told = [record for record in records if isinstance(record, CheckpointRecord)]
+        if told:
+            self._newest[job] = told[-1]
+        if told and self._lengths.get(path, 0) > FOLD_AT_LINES:
             self._lengths[path] = len(fold_file(path))
         return records
 
@@ -100,11 +103,12 @@ class StandbyJournals:
         return found
 
     def newest_checkpoint(self, job: JobId) -> CheckpointRecord | None:
-        """The newest one that the job's journal tells of."""
-        with self._locks[job]:
+        """The one that the job's journal told of last."""
+        if job not in self._newest:
             records, _ = read_journal(self.path(job))
-        told = [record for record in records if isinstance(record, CheckpointRecord)]
-        return told[-1] if told else None
+            told = [record for record in records if isinstance(record, CheckpointRecord)]
+            self._newest.setdefault(job, told[-1] if told else None)
+        return self._newest[job]
 
     def unchanged_since(self, then_s: float) -> list[JobId]:
         """Jobs of whose journals nothing was written since `then_s` on the wall clock."""
@@ -136,6 +140,7 @@ class StandbyJournals:
                 self._lengths.pop(path, None)
                 path.unlink()
             folder.rmdir()
+            self._newest.pop(job, None)
 
     def _count(self, path: Path) -> int:
         if path not in self._counts:

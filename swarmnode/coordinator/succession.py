@@ -33,6 +33,8 @@ VAIN_S, MAX_VAIN_S = 4.0, 600.0
 stands once more; twice as long each time, at most MAX_VAIN_S."""
 NUM_STANDBYS = 2
 """Voters after the coordinator that also keep what a coordinator needs besides the journal."""
+PROVIDE_AGAIN_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Pauses of a standby after it could not fetch what it needs."""
 MAX_EARLY_BYTES = 128 << 20
 """Of all jobs together whose first plan has not come yet: anybody can begin one. A newcomer to a
 long job is told the whole journal before the plan that names it."""
@@ -71,8 +73,10 @@ class Succession:
         """Jobs whose coordinator left and named us."""
         self._num_vain: Counter[JobId] = Counter()
         """How often this node gave way since somebody did."""
-        self._keeping: dict[JobId, set[asyncio.Task[None]]] = {}
-        """Checkpoints that are being fetched, by job."""
+        self._providing: dict[JobId, asyncio.Task[None]] = {}
+        """What fetches all that a coordinator of the job needs."""
+        self._outdated: set[JobId] = set()
+        """Jobs of which something new may be needed."""
         self._kept: dict[JobId, CheckpointRecord] = {}
         """The newest checkpoint that is here, by job."""
         self._loadable: set[BlobRef] = set()
@@ -91,9 +95,8 @@ class Succession:
 
     def adopted(self, job: JobId, plan: Plan) -> None:
         """A voter keeps at hand what it needs to take over."""
-        papers = self._papers(job)
-        if papers is not None and self._is_standby(plan):
-            self._group.create_task(self._provide(papers), name=f"stand by for {job}")
+        if self._is_standby(plan):
+            self._provide_soon(job)
 
     async def entry(self, job: JobId, number: int, lines: bytes) -> None:
         """Keep lines of a journal, unless they are too many. Raises: OSError."""
@@ -110,13 +113,12 @@ class Succession:
         if any(isinstance(record, EndRecord) for record in records):
             self._stop_waiting(job)
             self._group.create_task(self._retire(job), name=f"end of {job}")
-        elif papers is not None and self._is_standby(papers.plan):
-            newest = [record for record in records if isinstance(record, CheckpointRecord)]
-            if newest:
-                keep = self._keep(papers, newest[-1])
-                task = self._group.create_task(keep, name=f"checkpoint of {job}")
-                self._keeping.setdefault(job, set()).add(task)
-                task.add_done_callback(self._keeping[job].discard)
+        elif (
+            papers is not None
+            and self._is_standby(papers.plan)
+            and (any(isinstance(record, CheckpointRecord) for record in records))
+        ):
+            self._provide_soon(job)
 
     def named(self, job: JobId) -> None:
         """The coordinator leaves, and wants this node to go on."""
@@ -146,7 +148,9 @@ class Succession:
         rank = papers.plan.voters.index(self._me)
         if rank > 0:
             wait_s = PATIENCE_S + NEXT_S * (rank - 1) + longer_s
-            wait_s = HEIR_S if job in self._named else wait_s
+            if job in self._named:
+                self._named.remove(job)
+                wait_s = HEIR_S
             task = self._group.create_task(self._stand(job, wait_s), name=f"succession of {job}")
             self._waiting[job] = task
 
@@ -186,19 +190,42 @@ class Succession:
             self._take_over(papers)
         except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
             self._log("cannot take over", job=job, reason=str(error))
+            with contextlib.suppress(SwarmError):
+                self.handed_over(job)  # perhaps later
 
-    async def _provide(self, papers: Papers) -> None:
-        """Have what every coordinator gives out, and the newest complete state."""
-        manifest = papers.manifest
+    def _provide_soon(self, job: JobId) -> None:
+        self._outdated.add(job)
+        if job not in self._providing:
+            task = self._group.create_task(self._provide(job), name=f"stand by for {job}")
+            self._providing[job] = task
+
+    async def _provide(self, job: JobId) -> None:
+        """Have what every coordinator gives out, and the newest complete state; and say so."""
         try:
-            await self._have_tokenizer(papers)
-            for ref in (manifest.data.train, manifest.data.validation) if manifest.data else ():
-                await self._fetch(papers, [ref])
-                await self._fetch(papers, list(TokenIndex.parse(self._store.read(ref)).chunks))
-            await self._have_newest(papers)
-            self._stand_by(manifest.job)
-        except Exception as error:  # as in `_stand`
-            self._log("not ready to take over", job=manifest.job, reason=str(error))
+            waits = iter(PROVIDE_AGAIN_S)
+            while job in self._outdated:
+                self._outdated.discard(job)
+                try:
+                    papers = self._papers(job)
+                    if papers is not None and self._is_standby(papers.plan):
+                        await self._have_all(papers)
+                        self._stand_by(job)
+                except Exception as error:  # as in `_stand`
+                    self._log("not ready to take over", job=job, reason=str(error))
+                    wait_s = next(waits, None)
+                    if wait_s is not None:
+                        await asyncio.sleep(wait_s)
+                        self._outdated.add(job)
+        finally:
+            del self._providing[job]
+
+    async def _have_all(self, papers: Papers) -> None:
+        manifest = papers.manifest
+        await self._have_newest(papers)
+        await self._have_tokenizer(papers)
+        for ref in (manifest.data.train, manifest.data.validation) if manifest.data else ():
+            await self._fetch(papers, [ref])
+            await self._fetch(papers, list(TokenIndex.parse(self._store.read(ref)).chunks))
 
     async def _have_tokenizer(self, papers: Papers) -> None:
         """Fetch it, and load it elsewhere first; once for each, as that takes a second."""
@@ -209,39 +236,24 @@ class Succession:
             await check_tokenizer(self._store.read(ref))
             self._loadable.add(ref)
 
-    async def _keep(self, papers: Papers, record: CheckpointRecord) -> None:
-        """Have the newest checkpoint too; of the others as many stay as the coordinator keeps."""
-        try:
-            await self._keep_states(papers, record)
-            await asyncio.to_thread(self._forget, None)
-        except Exception as error:  # as in `_stand`
-            self._log("checkpoint not kept", job=papers.manifest.job, reason=str(error))
-
     async def _have_newest(self, papers: Papers) -> None:
-        """Who was not a standby when the newest checkpoint was made lacks it."""
-        job = papers.manifest.job
-        newest = await asyncio.to_thread(self._journals.newest_checkpoint, job)
-        while newest is not None and newest != self._kept.get(job):
-            tried = newest
-            try:
-                await self._keep_states(papers, tried)
-            except SwarmError:
-                newest = await asyncio.to_thread(self._journals.newest_checkpoint, job)
-                if newest == tried:  # it was not replaced meanwhile
-                    raise
-
-    async def _keep_states(self, papers: Papers, record: CheckpointRecord) -> None:
+        """Have the newest checkpoint too; of the others as many stay as the coordinator keeps."""
         job, providers = papers.manifest.job, self._providers(papers.plan)
-        for ref in record.indexes:
+        newest = await asyncio.to_thread(self._journals.newest_checkpoint, job)
+        if newest is None or newest == self._kept.get(job):
+            return
+        for ref in newest.indexes:
             await keep_state(job, ref, providers, self._blobs, self._store)
-        self._kept[job] = record
+        self._kept[job] = newest
+        await asyncio.to_thread(self._forget, None)
 
     async def _retire(self, job: JobId) -> None:
         """Delete what only this journal names, and then the journal."""
         try:
+            if (providing := self._providing.get(job)) is not None:
+                providing.cancel()
+                await asyncio.wait([providing])  # what came here still would be named by nobody
             self._kept.pop(job, None)
-            if keeping := self._keeping.pop(job, None):
-                await asyncio.wait(keeping)  # what comes here still would be named by nobody
             if await asyncio.to_thread(self._forget, job):
                 await asyncio.to_thread(self._journals.drop, job)
         except Exception as error:  # as in `_stand`

@@ -35,7 +35,8 @@ class Tenure:
 
     def begun(self, plan: Plan) -> bytes:
         """What goes with the assignments of `plan`, which a majority has agreed to; on disk."""
-        self._lease, self._holder = self._won(plan.generation), self._me
+        if self._holder != self._me:
+            self._lease, self._holder = self._won(plan.generation), self._me
         if self._lease.appointment is None or self._lease.appointment.generation < plan.generation:
             self._lease = self._lease.appoint(self._job, plan.generation, plan.voters, self._sign)
             write_durably(self._path, self._lease.encode())
@@ -43,8 +44,9 @@ class Tenure:
         return self._lease.encode()
 
     def _won(self, generation: Generation) -> Lease:
-        """The lease with our election, if we had to be elected."""
-        if self._holder == self._me:
-            return self._lease
+        """The lease with our election. Who is the holder anyhow needs none, but who follows another
+        that lives yields to nothing less."""
         votes = self._votes.get(generation, {})
+        if self._holder == self._me and not self._lease.is_majority(votes):
+            return self._lease
         return self._lease.won(self._submitter, generation, self._me, votes)

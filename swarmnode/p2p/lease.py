@@ -10,7 +10,7 @@ So the chain grows with the machines that ever coordinated, not with the electio
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Annotated
@@ -147,6 +147,11 @@ class Lease:
     ) -> "Lease":
         """The same chain, with the voters of a new generation."""
         return Lease(self.elections, Appointment.make(job, generation, voters, sign))
+
+    def is_majority(self, votes: Iterable[PeerId]) -> bool:
+        """Whether these are enough of the voters that were appointed last, if any were."""
+        last = self.appointment
+        return last is not None and len(set(last.voters).intersection(votes)) >= last.majority
 
     def won(
         self,

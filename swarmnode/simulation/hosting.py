@@ -122,7 +122,7 @@ class Hosting:
                 self.lost(end)
                 return
         if isinstance(message, Assign) and after is not None:
-            self._stand_by(message.plan)
+            self.stand_by(message.plan)
             self.work.carry_out(message)
             return
         self._answer(end, message, is_granted=after is not None)
@@ -237,7 +237,7 @@ class Hosting:
             case Entry():
                 self._daemon.succession.entry(message)
             case HandOver(heir=heir):
-                if heir == self._daemon.name:
+                if heir == self._daemon.name and self.tenancy.plan is not None:
                     self._daemon.succession.named(self.manifest.job)
                 self._heir_due_s = self._daemon.world.now_s + HEIR_PATIENCE_S
                 self._break(end)
@@ -254,10 +254,10 @@ class Hosting:
         if not (yield from self._promise(before, after)):
             self._break(end)
             return
-        self._stand_by(plan)
+        self.stand_by(plan)
         self._post(Adopted(job, plan.generation))
 
-    def _stand_by(self, plan: Plan) -> None:
+    def stand_by(self, plan: Plan) -> None:
         """Data and tokenizers are not simulated: whoever is to stand by can do so at once."""
         if self._daemon.name in plan.voters[1 : 1 + NUM_STANDBYS]:
             self._post(StandingBy(self.manifest.job, plan.generation))

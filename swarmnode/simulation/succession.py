@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from swarmnode.coordinator.events import EndRecord, Record, StartedRecord
+from swarmnode.coordinator.events import CheckpointRecord, EndRecord, Record, StartedRecord
 from swarmnode.coordinator.journal import parse_line
 from swarmnode.coordinator.succession import HEIR_S, NEXT_S, PATIENCE_S, vain_s
 from swarmnode.domain import JobId, PeerId, Plan
@@ -15,6 +15,10 @@ from swarmnode.simulation.world import Script
 
 if TYPE_CHECKING:
     from swarmnode.simulation.daemon import Daemon
+
+
+FETCH_S = 1.0
+"""What a standby takes to fetch a checkpoint, which is not simulated."""
 
 
 class SimStandby:
@@ -117,6 +121,8 @@ class SimSuccession:
         if any(isinstance(record, EndRecord) for record in records):
             self._waiting.pop(entry.job, None)
             self.journals.drop(entry.job)
+        elif plan is not None and any(isinstance(record, CheckpointRecord) for record in records):
+            self._daemon.after(FETCH_S, self._daemon.hostings[entry.job].stand_by, plan)
 
     def named(self, job: JobId) -> None:
         self._named.add(job)
@@ -142,7 +148,9 @@ class SimSuccession:
             self._num_waits += 1
             self._waiting[job] = self._num_waits
             wait_s = PATIENCE_S + NEXT_S * (rank - 1) + longer_s
-            wait_s = HEIR_S if job in self._named else wait_s
+            if job in self._named:
+                self._named.remove(job)
+                wait_s = HEIR_S
             self._daemon.start(self._stand(job, wait_s, self._num_waits))
 
     def _stand(self, job: JobId, wait_s: float, number: int) -> Script:
@@ -156,6 +164,7 @@ class SimSuccession:
                 self._daemon.take_over(job)
             except OSError as error:
                 self._daemon.note(f"cannot take over: {error}")
+                self.handed_over(job)
 
     def _plan(self, job: JobId) -> Plan | None:
         hosting = self._daemon.hostings.get(job)

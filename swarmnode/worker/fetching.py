@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
-from swarmnode.errors import ProtocolError, RefusedError, SwarmError
+from swarmnode.errors import ChunkError, ProtocolError, RefusedError, SwarmError
 from swarmnode.failpoints import hit
 from swarmnode.manifest import DataContent
 from swarmnode.p2p.blob_store import BlobStore
@@ -50,7 +50,21 @@ class Fetcher:
     async def state(
         self, index_ref: BlobRef, providers: Sequence[PeerId], stage: int, path: Path
     ) -> None:
-        """Write the tensors that `stage` needs of a state to the file `path`."""
+        """Write the tensors that `stage` needs of a state to the file `path`.
+
+        Who borrowed the same chunks for something else may give them back meanwhile.
+        """
+        for is_last in (False, False, True):
+            try:
+                await self._state(index_ref, providers, stage, path)
+                return
+            except ChunkError:
+                if is_last:
+                    raise
+
+    async def _state(
+        self, index_ref: BlobRef, providers: Sequence[PeerId], stage: int, path: Path
+    ) -> None:
         await self._fetch([index_ref], providers, is_borrowed=True)
         index = TensorIndex.from_json(self._store.read(index_ref))
         start, stop = self._plan.layers[stage]

@@ -37,8 +37,9 @@ from swarmnode.worker.tools import HostTools
 
 ORPHAN_S = 600.0
 """How long child and state wait for a coordinator; the files stay longer."""
-HEIR_PATIENCE_S = 10.0
-"""Whom a leaving coordinator has named is awaited so long by who leaves too."""
+HEIR_PATIENCE_S = 16.0
+"""Whom a leaving coordinator has named is awaited so long by who leaves too: if that one fails, the
+next stands after 11 s, and needs votes."""
 
 
 class JobHost:
@@ -79,8 +80,8 @@ class JobHost:
         self.alone = asyncio.Event()
         """Set while no coordinator talks to us, and none is about to."""
         self.alone.set()
-        self._has_heir = False
-        """Whether the coordinator has left, and has named who goes on."""
+        self.has_heir = False
+        """Whether the coordinator has left, and named who goes on, and nobody has come since."""
         self._given_up: list[asyncio.TimerHandle] = []
         """When nobody is awaited any more."""
         self._work = ChildHost(manifest, canonical, tools, self.keeper, self.post)
@@ -136,8 +137,8 @@ class JobHost:
                 before = self.tenancy
                 if isinstance(message, Inquire):
                     num_lines = await self._tools.num_lines(self.job)
-                    is_deposed = before.is_deposed_by(message, sender)
-                    is_live = self._coordinator == before.coordinator and not is_deposed
+                    is_live = self._coordinator == before.coordinator
+                    is_live = is_live and not before.is_deposed_by(message, sender)
                     after = before.on_inquire(message, sender, is_live, num_lines)
                 else:
                     after = before.on_assign(message, sender)
@@ -145,7 +146,7 @@ class JobHost:
                     await self._promise(before, after)
                 if isinstance(message, Assign) and after is not None:
                     return None
-                return self._answer(message, sender, before, is_granted=after is not None)
+                return self._answer(message, sender, is_granted=after is not None)
         finally:
             self.num_asking -= 1
 
@@ -179,11 +180,9 @@ class JobHost:
         """Whether the one to whom the job is promised talks to us still, or has let us go."""
         return self.tenancy.is_released or self._coordinator == self.tenancy.promised_to
 
-    def _answer(
-        self, message: Inquire | Assign, sender: PeerId, before: Tenancy, *, is_granted: bool
-    ) -> Answer:
+    def _answer(self, message: Inquire | Assign, sender: PeerId, *, is_granted: bool) -> Answer:
         vote = b""
-        if isinstance(message, Inquire) and is_granted and sender != before.coordinator:
+        if isinstance(message, Inquire) and is_granted:
             vote = self._tools.vote(message, sender)
         return answer(
             message, self.tenancy, self.keeper, self._prepared_plan, is_granted=is_granted,
@@ -271,7 +270,7 @@ class JobHost:
         )  # fmt: skip
         self._stop_waiting()
         self._tools.on_followed(self.job)
-        self._has_heir = False
+        self.has_heir = False
         self.alone.clear()
         try:
             if answer is not None:
@@ -288,7 +287,7 @@ class JobHost:
     def _wait_for_another(self) -> None:
         """The coordinator is gone: keep everything for a while."""
         loop = asyncio.get_running_loop()
-        if self._has_heir:
+        if self.has_heir:
             self._given_up.append(loop.call_later(HEIR_PATIENCE_S, self.alone.set))
         else:
             self.alone.set()
@@ -345,9 +344,9 @@ class JobHost:
                 with contextlib.suppress(OSError):  # who lacks lines does not stand in the way
                     await self._tools.on_entry(self.job, number, lines)
             case HandOver(heir=heir):
-                if heir == self._tools.me:
+                if heir == self._tools.me and self.tenancy.plan is not None:
                     self._tools.on_named(self.job)
-                self._has_heir = True
+                self.has_heir = True
                 raise _EndedError
             case Release():
                 self._release = message

@@ -35,21 +35,22 @@ def may_coordinate(
     tenancy: "Tenancy", lease: bytes, sender: PeerId, generation: Generation
 ) -> bool:
     """Let those begin a generation who may succeed our coordinator, or show that they did."""
-    return is_voter(tenancy, lease, sender, generation) or was_elected(
-        tenancy, lease, sender, generation
-    )
+    if is_voter(tenancy, lease, sender, generation):
+        return True
+    since = elected_since(tenancy, lease, sender)
+    return since is not None and since <= generation
 
 
-def was_elected(tenancy: "Tenancy", lease: bytes, sender: PeerId, generation: Generation) -> bool:
-    """Whether the lease makes `sender` the coordinator, by `generation` at the latest."""
+def elected_since(tenancy: "Tenancy", lease: bytes, sender: PeerId) -> Generation | None:
+    """From which generation on the lease makes `sender` the coordinator; None if it does not."""
     try:
         shown = Lease.decode(lease)
         if shown.last_holder(tenancy.submitter) != sender:
-            return False  # somebody else's: anybody could have it checked again and again
+            return None  # somebody else's: anybody could have it checked again and again
         holder, since = shown.holder(tenancy.job, tenancy.submitter)
     except ProtocolError:
-        return False
-    return holder == sender and since <= generation
+        return None
+    return since if holder == sender else None
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ class Tenancy:
         return is_known or verify_lease(self, message.lease, sender, generation)
 
     def is_deposed_by(self, inquire: Inquire, sender: PeerId) -> bool:
-        """Whether a majority has elected `sender`: the plan of our coordinator never began, and
-        never will, though it may talk to us still."""
-        generation = inquire.generation
-        return inquire.is_agreed and was_elected(self, inquire.lease, sender, generation)
+        """Whether `sender` shows that a majority has elected it for this very generation: then the
+        plan of our coordinator never began, and never will, though it talks to us still."""
+        if not inquire.is_agreed:
+            return False
+        return elected_since(self, inquire.lease, sender) == inquire.generation
 
     def on_inquire(
         self, inquire: Inquire, sender: PeerId, coordinator_is_live: bool, num_lines: int = 0

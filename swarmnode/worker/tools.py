@@ -61,7 +61,7 @@ class HostTools:
     verify_lease: VerifyLease = is_voter
     """Whether a peer other than the submitter may begin a generation."""
     vote: Callable[[Inquire, PeerId], bytes] = _no_vote
-    """Our signature under a promise to another than the coordinator so far."""
+    """Our signature under a promise."""
     on_entry: Callable[[JobId, int, bytes], Awaitable[None]] = _ignore_entry
     """Takes lines of a job's journal, the first with its number."""
     num_lines: Callable[[JobId], Awaitable[int]] = _no_lines

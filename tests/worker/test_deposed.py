@@ -19,6 +19,7 @@ from worker_node import (
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.messages import Adopt, Adopted
 from swarmnode.p2p.identity import Identity
+from swarmnode.p2p.lease import Lease, vote_text
 from swarmnode.p2p.ports import Stream
 from swarmnode.wire import pack
 
@@ -38,9 +39,28 @@ async def follows(n: Node, leader: Identity, generation: int) -> Stream:
     return stream
 
 
-@pytest.mark.parametrize(("based_on", "granted"), [(1, False), (2, False), (3, True)])
+def elected(generation: int, *voters: Identity) -> bytes:
+    """What the submitter shows that three voters have elected again for a generation."""
+    everybody = (SUBMITTER.peer, ME.peer, STRANGER.peer)
+    text = vote_text(GOOD.job, generation, SUBMITTER.peer)
+    votes = {voter.peer: voter.sign(text) for voter in voters}
+    first = Lease().appoint(GOOD.job, Generation(1), everybody, SUBMITTER.sign)
+    return first.won(SUBMITTER.peer, Generation(generation), SUBMITTER.peer, votes).encode()
+
+
+@pytest.mark.parametrize(
+    ("based_on", "lease", "granted"),
+    [
+        (3, elected(3, SUBMITTER, ME), True),
+        (1, elected(3, SUBMITTER, ME), False),
+        (2, elected(3, SUBMITTER, ME), False),
+        (3, elected(3, SUBMITTER), False),
+        (3, elected(2, SUBMITTER, ME), False),
+        (3, b"", False),
+    ],
+)
 async def test_a_live_coordinator_gives_way_only_to_who_has_a_majority(
-    based_on: int, granted: bool, tmp_path: Path
+    based_on: int, lease: bytes, granted: bool, tmp_path: Path
 ) -> None:
     async with node(tmp_path) as n:
         first = await follows(n, SUBMITTER, 1)
@@ -48,7 +68,7 @@ async def test_a_live_coordinator_gives_way_only_to_who_has_a_majority(
         (host,) = n.service.hosts()
         await host.alone.wait()
         await follows(n, STRANGER, 2)
-        said = await answered(await ask(n, SUBMITTER, inquire(3, based_on)))
+        said = await answered(await ask(n, SUBMITTER, inquire(3, based_on, lease=lease)))
         assert said.granted == granted
         assert (said.promised, said.promised_to) == (
             (3, SUBMITTER.peer) if granted else (2, STRANGER.peer)
