@@ -91,9 +91,12 @@ class Retention:
         self._desk = desk
         self._standby = standby
         self._log = log
+        self._left: dict[JobId, tuple[int, list[CheckpointRecord]]] = {}
+        """By job: when its journal of an earlier life was written, and what it tells."""
 
     def forget(self, ended: JobId | None = None) -> bool:
-        """Delete the chunks of checkpoints that newer ones replaced; each job keeps the last two.
+        """Delete the chunks of checkpoints that newer ones replaced; each job keeps the last two of
+        which this node was told, also where it did not fetch them: others did.
 
         Two, because a worker may be fetching the older one while the newer is written. Jobs may
         share chunks, so those that are coordinated here and those of others are looked at together.
@@ -113,11 +116,32 @@ class Retention:
         kept = {ref for job in jobs for ref in content_of(self._store, job.manifest)}
         standby = self._standby.checkpoints()
         gone = standby.pop(ended, []) if ended is not None else []
-        own = [job.runner.checkpoints for job in jobs]
+        own = {job.manifest.job: job for job in jobs}
+        told = [self._as_told(standby.pop(job, []), led) for job, led in own.items()]
+        told += [_in_order(self._former(job), records) for job, records in standby.items()]
         if gone:
-            own += self._saved()
-        forget_replaced(self._store, [*own, *standby.values()], kept, gone)
+            told += self._saved()
+        forget_replaced(self._store, told, kept, gone)
         self._desk.update_soon()
+
+    def _as_told(
+        self, standby: list[CheckpointRecord], led: "RunningJob"
+    ) -> list[CheckpointRecord]:
+        """Of a job that this node coordinates, or did: its own journal and that of who does now."""
+        own = led.runner.checkpoints
+        return _in_order(own, standby) if led.ledger.is_over else _in_order(standby, own)
+
+    def _former(self, job: JobId) -> list[CheckpointRecord]:
+        """Of a job that an earlier life coordinated: the journal that it left. Raises: OSError."""
+        path = self._directory / job / JOURNAL_FILE
+        if not path.exists():
+            return []
+        written = path.stat().st_mtime_ns
+        if self._left.get(job, (0, []))[0] != written:
+            records = read_journal(path)[0]
+            found = [record for record in records if isinstance(record, CheckpointRecord)]
+            self._left[job] = (written, found)
+        return self._left[job][1]
 
     def _saved(self) -> Iterator[list[CheckpointRecord]]:
         """The newest checkpoints of every job that was ever coordinated here. Raises: OSError."""
@@ -125,6 +149,14 @@ class Retention:
             records = read_journal(path)[0]
             found = [record for record in records if isinstance(record, CheckpointRecord)]
             yield found[-NUM_KEPT_CHECKPOINTS:]
+
+
+def _in_order(
+    before: list[CheckpointRecord], after: list[CheckpointRecord]
+) -> list[CheckpointRecord]:
+    """Two tales of the same job as one, of which `after` knows better."""
+    known = set(after)
+    return [*(record for record in before if record not in known), *after]
 
 
 def content_of(store: BlobStore, manifest: Manifest) -> set[BlobRef]:

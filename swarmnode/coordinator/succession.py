@@ -113,12 +113,12 @@ class Succession:
         if any(isinstance(record, EndRecord) for record in records):
             self._stop_waiting(job)
             self._group.create_task(self._retire(job), name=f"end of {job}")
-        elif (
-            papers is not None
-            and self._is_standby(papers.plan)
-            and (any(isinstance(record, CheckpointRecord) for record in records))
-        ):
-            self._provide_soon(job)
+        elif papers is not None and any(isinstance(each, CheckpointRecord) for each in records):
+            if self._is_standby(papers.plan):
+                self._provide_soon(job)
+            else:  # what it had as a standby is replaced
+                forget = asyncio.to_thread(self._forget, None)
+                self._group.create_task(forget, name=f"replaced of {job}")
 
     def named(self, job: JobId) -> None:
         """The coordinator leaves, and wants this node to go on."""

@@ -21,8 +21,8 @@ from standby_node import (
 
 from swarmnode.coordinator import succession
 from swarmnode.coordinator.events import CheckpointRecord, EvaluationRecord, Record
-from swarmnode.coordinator.journal import _line
-from swarmnode.domain import BlobRef, Generation, JobId
+from swarmnode.coordinator.journal import Journal, _line
+from swarmnode.domain import BlobRef, Generation, JobId, PeerId
 from swarmnode.manifest import Manifest
 from swarmnode.p2p.blob_store import BlobStore, blob_path
 from swarmnode.p2p.states import IndexedTensor, TensorIndex
@@ -288,3 +288,37 @@ async def test_who_gave_way_to_a_candidate_that_never_came_stands_again(tmp_path
         n.succession.handed_over(job.job)
         assert (await n.logs("stands for election"))["job"] == job.job
     assert [succession.vain_s(number) for number in (1, 2, 3, 9, 99)] == [4, 8, 16, 600, 600]
+
+
+async def test_what_a_former_standby_has_goes_once_newer_checkpoints_are_elsewhere(
+    tmp_path: Path,
+) -> None:
+    first, me = ADOPTED.voters
+    async with standby(tmp_path) as n:
+        states = put_states(n.store, b"state")
+        submitter = await Submitter.begin(n, signed(SURROGATE, n.store))
+        await submitter.adopt(replace(ADOPTED, voters=(first, PeerId("x"), PeerId("y"), me)))
+        await submitter.tell(FIRST, *(record for record, _ in states[:2]))
+        await submitter.ask()
+        assert all(map(n.store.has, states[0][1] | states[1][1])), "the newest two"
+        newer = put_states(BlobStore(tmp_path / "elsewhere"), b"newer")
+        await submitter.tell(*(record for record, _ in newer[:2]))
+        await until(lambda: not any(map(n.store.has, states[0][1] | states[1][1])))
+
+
+async def test_a_former_coordinator_keeps_what_its_successor_keeps(tmp_path: Path) -> None:
+    async with standby(tmp_path) as n:
+        states = put_states(n.store, b"state")
+        job = signed(SURROGATE, n.store)
+        folder = n.folder / "led" / job.job
+        folder.mkdir(parents=True)
+        left = Journal(folder / "journal")
+        for record, _ in states[:2]:
+            left.append(record)
+        left.close()
+        submitter = await Submitter.begin(n, job)
+        await submitter.tell(FIRST, *(record for record, _ in states[2:]))
+        await submitter.adopt(replace(ADOPTED, voters=ADOPTED.voters[:1]))
+        n.coordinator.retention.forget()
+        kept = [all(map(n.store.has, refs)) for _, refs in states]
+        assert kept == [False, False, True, True]
