@@ -1,7 +1,6 @@
 """One job on this node: obeys whom it is promised to, owns the worker child, relays its messages.
 
-The host outlives its coordinator's stream: the child keeps its state, and whoever may begin the
-next generation takes over both.
+It outlives its coordinator's stream, and so do child and state, for whoever begins the next one.
 """
 
 import asyncio
@@ -38,8 +37,7 @@ from swarmnode.worker.tools import HostTools
 ORPHAN_S = 600.0
 """How long child and state wait for a coordinator; the files stay longer."""
 HEIR_PATIENCE_S = 16.0
-"""Whom a leaving coordinator has named is awaited so long by who leaves too: if that one fails, the
-next stands after 11 s, and needs votes."""
+"""So long who leaves too awaits a named heir: the next one stands after 11 s, and needs votes."""
 
 
 class JobHost:
@@ -110,6 +108,11 @@ class JobHost:
     def names(self, peer: PeerId) -> bool:
         """Whether `peer` has business with this job, or will have."""
         return self.tenancy.names(peer) or peer in self._readers
+
+    @property
+    def asks_itself(self) -> bool:
+        """Whether only this node's own coordinator talks to us, and has given us nothing to do."""
+        return self._coordinator == self._tools.me and self.plan is None
 
     @property
     def is_running(self) -> bool:
