@@ -249,6 +249,7 @@ class Ledger(Generations):
                 return []
             return self._publications.ask(self.job, self.plan, self.step, now_s)
         self.phase = "serving"
+        self._give_up_preparing()  # what waits for a step boundary would wait for ever
         self.replanning.serves()
         self._failures = 0
         self.pool.forgive(self.plan.workers() if self.plan else ())

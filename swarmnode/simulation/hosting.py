@@ -32,15 +32,12 @@ from swarmnode.simulation.keeping import SimKeeper
 from swarmnode.simulation.network import HEARTBEAT_S, End
 from swarmnode.simulation.world import Script
 from swarmnode.worker.answers import answer, refusal
-from swarmnode.worker.hosting import HEIR_PATIENCE_S
 from swarmnode.worker.state_keeper import TENANCY_NAME
-from swarmnode.worker.tenancy import Tenancy
+from swarmnode.worker.tenancy import HEIR_PATIENCE_S, ORPHAN_S, Tenancy
 
 if TYPE_CHECKING:
     from swarmnode.simulation.daemon import Daemon
 
-ORPHAN_S = 600.0
-"""As in worker.hosting, which starts processes."""
 SAVE_AGAIN_S = 10.0
 """As in worker.service."""
 

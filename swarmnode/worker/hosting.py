@@ -1,6 +1,7 @@
 """One job on this node: obeys whom it is promised to, owns the worker child, relays its messages.
 
-It outlives its coordinator's stream, and so do child and state, for whoever begins the next one.
+The host outlives its coordinator's stream: the child keeps its state, and whoever may begin the
+next generation takes over both.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 from swarmnode.domain import JobId, PeerId, Plan
 from swarmnode.errors import PeerLostError, ProtocolError
-from swarmnode.handovers import HandOver
+from swarmnode.handovers import HandOver, Leaving
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     Adopt,
@@ -31,13 +32,8 @@ from swarmnode.papers import Papers
 from swarmnode.worker.answers import answer, refusal
 from swarmnode.worker.child_host import ChildHost
 from swarmnode.worker.state_keeper import StateKeeper, load_tenancy, save_tenancy
-from swarmnode.worker.tenancy import Tenancy
+from swarmnode.worker.tenancy import HEIR_PATIENCE_S, ORPHAN_S, Tenancy
 from swarmnode.worker.tools import HostTools
-
-ORPHAN_S = 600.0
-"""How long child and state wait for a coordinator; the files stay longer."""
-HEIR_PATIENCE_S = 16.0
-"""So long who leaves too awaits a named heir: the next one stands after 11 s, and needs votes."""
 
 
 class JobHost:
@@ -80,6 +76,7 @@ class JobHost:
         self.alone.set()
         self.has_heir = False
         """Whether the coordinator has left, and named who goes on, and nobody has come since."""
+        self._leaves = False
         self._given_up: list[asyncio.TimerHandle] = []
         """When nobody is awaited any more."""
         self._work = ChildHost(manifest, canonical, tools, self.keeper, self.post)
@@ -108,11 +105,6 @@ class JobHost:
     def names(self, peer: PeerId) -> bool:
         """Whether `peer` has business with this job, or will have."""
         return self.tenancy.names(peer) or peer in self._readers
-
-    @property
-    def asks_itself(self) -> bool:
-        """Whether only this node's own coordinator talks to us, and has given us nothing to do."""
-        return self._coordinator == self._tools.me and self.plan is None
 
     @property
     def is_running(self) -> bool:
@@ -268,14 +260,15 @@ class JobHost:
             await self._on_message(message, peer)
 
         conversation = Conversation(stream, self.job, take, self._on_control)
-        self._talk, self._conversation, self._coordinator = (
-            asyncio.current_task(), conversation, peer,
-        )  # fmt: skip
+        self._talk, self._conversation = asyncio.current_task(), conversation
+        self._coordinator = peer
         self._stop_waiting()
         self._tools.on_followed(self.job)
         self.has_heir = False
         self.alone.clear()
         try:
+            if self._leaves:  # before the answer: whoever takes over plans without us at once
+                self.leave()
             if answer is not None:
                 conversation.post(answer)
             elif isinstance(first, Assign):
@@ -289,9 +282,9 @@ class JobHost:
 
     def _wait_for_another(self) -> None:
         """The coordinator is gone: keep everything for a while."""
-        loop = asyncio.get_running_loop()
+        later = asyncio.get_running_loop().call_later
         if self.has_heir:
-            self._given_up.append(loop.call_later(HEIR_PATIENCE_S, self.alone.set))
+            self._given_up.append(later(HEIR_PATIENCE_S, self.alone.set))
         else:
             self.alone.set()
         if self.tenancy.plan is None:  # nothing but a promise, and that is on the disk
@@ -299,7 +292,7 @@ class JobHost:
             self.end()
         if not self.is_running or self._ended.is_set():
             return
-        self._given_up.append(loop.call_later(ORPHAN_S, self.end))
+        self._given_up.append(later(ORPHAN_S, self.end))
         self._tools.on_orphaned(self.job)
 
     def _stop_waiting(self) -> None:
@@ -309,6 +302,11 @@ class JobHost:
     def end(self) -> None:
         """Give the job up now; its files stay."""
         self._ended.set()
+
+    def leave(self) -> None:
+        """Tell the coordinator, and whoever follows it, that this node wants to end soon."""
+        self._leaves = True
+        self.post(Leaving(self.job, self.tenancy.promised, self._tools.incarnation))
 
     # ---- from the coordinator --------------------------------------------------------------
 

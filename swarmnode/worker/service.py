@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swarmnode.domain import JobId, PeerId
 from swarmnode.errors import ManifestError, PeerError, ProtocolError, SwarmError
-from swarmnode.handovers import Leaving, StandingBy
+from swarmnode.handovers import StandingBy
 from swarmnode.heartbeats import Checking
 from swarmnode.home import KEPT_S
 from swarmnode.manifest import Manifest, check
@@ -32,8 +32,6 @@ MAX_JOBS = 4
 """Jobs that a node works for at once: each has a child of its own."""
 SAY_AGAIN_S = 1.0
 """Who leaves says so again after so long, until it is let go."""
-IDLE_S = 8.0
-"""Who leaves waits no longer for a job of its own that asks in vain, and was not begun here."""
 SAVE_AGAIN_S = 10.0
 """Between two looks whether a full disk has room for what was promised at a job's end."""
 
@@ -125,16 +123,9 @@ class WorkerService:
 
         Says so again and again: a coordinator may be another one meanwhile.
         """
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + IDLE_S
-        while leaving := [
-            host
-            for host in self.hosts()
-            if not host.alone.is_set() and not (host.asks_itself and loop.time() > until_s)
-        ]:
+        while leaving := [host for host in self.hosts() if not host.alone.is_set()]:
             for host in leaving:
-                fence = host.tenancy.promised
-                host.post(Leaving(host.job, fence, self._tools.incarnation))
+                host.leave()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SAY_AGAIN_S):
                     for host in leaving:

@@ -20,6 +20,11 @@ from swarmnode.messages import (
 )
 from swarmnode.p2p.lease import Lease
 
+ORPHAN_S = 600.0
+"""How long child and state wait for a coordinator; the files stay longer."""
+HEIR_PATIENCE_S = 16.0
+"""Whom a leaving coordinator has named is awaited so long by who leaves too: if that one fails, the
+next stands after 11 s, and needs votes."""
 VerifyLease = Callable[["Tenancy", bytes, PeerId, Generation], bool]
 """Whether a lease lets this peer begin this generation of the job."""
 

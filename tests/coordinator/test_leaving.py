@@ -138,6 +138,18 @@ def test_a_voter_in_whose_place_another_machine_can_vote_is_replaced() -> None:
     assert PeerId(voter) not in bench.ledger.plan.voters
 
 
+def test_who_is_being_seen_off_when_the_last_step_is_done_goes_all_the_same() -> None:
+    bench = trained("abcd", STEPS - 1)
+    plan = bench.ledger.plan
+    assert plan is not None
+    worker = next(peer for peer in plan.workers() if peer != "a")
+    gone = is_released(bench, worker)
+    bench.feed(leaving(bench, worker))
+    bench.run()
+    pass_on(bench, lambda: gone() or bool(bench.feed(leaving(bench, worker))))
+    assert worker not in bench.ledger.plan.workers()
+
+
 @pytest.mark.parametrize("phase", ["evaluating", "saving"])
 def test_who_says_it_when_all_steps_are_done_goes_once_the_state_is_kept(phase: str) -> None:
     bench = trained("abcd", 2)

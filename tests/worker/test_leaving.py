@@ -6,7 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worker_node import GOOD, ME, STRANGER, SUBMITTER, Node, answer, assign, node, plan
+from worker_node import (
+    GOOD,
+    ME,
+    STRANGER,
+    SUBMITTER,
+    Node,
+    answer,
+    answered,
+    ask,
+    assign,
+    inquire,
+    node,
+    plan,
+)
 
 from swarmnode.domain import Generation
 from swarmnode.errors import PeerLostError
@@ -146,3 +159,18 @@ async def ended(stream: Stream) -> None:
         with contextlib.suppress(EndOfStream, PeerLostError):
             while True:
                 await stream.receive()
+
+
+async def test_who_takes_over_hears_it_before_the_answer(tmp_path: Path) -> None:
+    async with node(tmp_path) as n, asyncio.TaskGroup() as group:
+        first = await assigned(n)
+        leave = group.create_task(n.service.leave())
+        assert isinstance(await answer(first), Leaving)
+        await first.send(pack(HandOver(GOOD.job, Generation(1), STRANGER.peer)))
+        await ended(first)
+        second = await ask(n, SUBMITTER, inquire(2, 1))
+        assert isinstance(await answer(second), Leaving)
+        assert (await answered(second)).granted
+        await second.send(pack(Release(GOOD.job, "others do it now")))
+        async with asyncio.timeout(5):
+            await leave
