@@ -46,7 +46,9 @@ def levels_of(codecs: CodecConfig) -> tuple[Level, ...]:
 
 
 def _coarser(own: str, other: str) -> str:
-    return other if wire_share(other) < wire_share(own) else own
+    """Whichever sends less; a low rank is kept, as how much it sends depends on the shape."""
+    is_less = wire_share(other) < wire_share(own) and not parse_spec(own).rank
+    return other if is_less else own
 
 
 def boundary_codecs(plan: Plan) -> dict[Link, BoundaryCodecs]:

@@ -11,10 +11,13 @@ SwarmError
 |-- PeerError                somebody else's fault: reroute
 |   |-- PeerLostError        unreachable, silent or gone; never retry the same connection
 |   |-- RefusedError         the peer answered "no"; do not repeat the request
-|   |-- ShareError           a slot sent a gradient that cannot be: it loses its slots
+|   |-- SlotError            a slot sent what cannot be used: it loses its slots
+|   |   |-- FrameError           a tensor that does not decode
+|   |   `-- ShareError           a gradient that cannot be
 |   `-- ProtocolError        the peer broke the protocol: drop it and count
 |       `-- FrameTooLargeError   announced more bytes than allowed; nothing was allocated
 |-- CodecError               bytes that do not decode to the tensor that was announced
+|   `-- NotFiniteError       a tensor that cannot be coded: perhaps all diverge
 |-- ChunkError               content does not match its hash: take it from another peer
 `-- ChildError               a child process of ours failed; it may be restarted
 """
@@ -81,12 +84,25 @@ class RefusedError(PeerError):
 
 
 @dataclass(eq=False)
-class ShareError(PeerError):
-    """A slot's gradient is not finite or implausible. Report the slot; it was not summed."""
+class SlotError(PeerError):
+    """What a slot sent cannot be used. Report the slot."""
 
     stage: int
     slot: int
     reason: str
+    is_finite: bool = True
+    """False where a value is not: perhaps it is training that diverges."""
+
+
+class FrameError(SlotError):
+    """A slot's tensor does not decode, or is not finite."""
+
+    def __str__(self) -> str:
+        return f"tensor of stage {self.stage}, slot {self.slot}: {self.reason}"
+
+
+class ShareError(SlotError):
+    """A slot's gradient is not finite or implausible; it was not summed."""
 
     def __str__(self) -> str:
         return f"gradient of stage {self.stage}, slot {self.slot} {self.reason}; it was not summed"
@@ -109,6 +125,10 @@ class FrameTooLargeError(ProtocolError):
 
 class CodecError(SwarmError):
     """A payload is not what its announced codec, shape and dtype say. Drop the frame."""
+
+
+class NotFiniteError(CodecError):
+    """A value to be coded is not finite: training has diverged, or a device is broken."""
 
 
 class ChunkError(SwarmError):

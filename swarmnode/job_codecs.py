@@ -79,7 +79,8 @@ def _sync_name(text: str | None) -> str | None:
     for refusal, holds in refusals.items():
         if holds:
             raise ValueError(f"{text!r:.60}: {refusal}")
-    return str(replace(sync, reply=""))
+    codec = str(stateless_spec(sync.codec))
+    return str(replace(sync, codec=codec, reply=""))
 
 
 SyncName = Annotated[str | None, AfterValidator(_sync_name)]

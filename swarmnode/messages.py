@@ -218,6 +218,10 @@ class Held(NamedTuple):
     log_from: Count
     log_to: Count
     """Updates of steps [log_from, log_to) are in the log, the last one perhaps not committed."""
+    first: BlobRef | None = None
+    """The update of step `log_from`, if it is in the log."""
+    last: BlobRef | None = None
+    """The one that led to `step`, if it is in the log: another history has another one."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +289,8 @@ class Failed:
     child_ended: bool = False
     """The process that computes has ended: another one can be had at once."""
     blames: SlotId | None = None
+    is_diverged: bool = False
+    """A value is not finite, so that it cannot be coded, or used."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +372,8 @@ class Traffic:
     """Seconds of computing since the last report."""
     links: Annotated[tuple[LinkReport, ...], Field(max_length=MAX_LINK_REPORTS)] = ()
     codings: Annotated[tuple[Coding, ...], Field(max_length=MAX_CODINGS)] = ()
+    is_moving: bool = False
+    """Whether anything has left since the last report, if only a part of a message."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ MAX_FRAGMENTS = 1000
 MAX_TEXT_CHARS = 300
 
 _OUTER = re.compile(
-    r"(?P<kind>sgd|momentum|nesterov)(?P<rate>[0-9.]+)(?:/(?P<momentum>[0-9.]+))?"
-    r"(?:/clip(?P<clip>[0-9.]+))?",
+    r"(?P<kind>sgd|momentum|nesterov)(?P<rate>[0-9.]+(e-?[0-9]+)?)"
+    r"(?:/(?P<momentum>[0-9.]+(e-?[0-9]+)?))?(?:/clip(?P<clip>[0-9.]+(e-?[0-9]+)?))?",
     re.ASCII,
 )
 
@@ -50,8 +50,8 @@ class Outer:
 
     def __str__(self) -> str:
         kind = "nesterov" if self.is_nesterov else "momentum" if self.momentum else "sgd"
-        text = f"{kind}{self.rate:g}" + (f"/{self.momentum:g}" if self.momentum else "")
-        return text + (f"/clip{self.clip:g}" if self.clip else "")
+        text = kind + _digits(self.rate) + (f"/{_digits(self.momentum)}" if self.momentum else "")
+        return text + (f"/clip{_digits(self.clip)}" if self.clip else "")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,12 @@ _TYPES = {each.name: each.type for each in fields(Sync)}
 
 
 def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return _digits(value) if isinstance(value, float) else str(value)
+
+
+def _digits(value: float) -> str:
+    """All digits that tell it from any other number, and no more."""
+    return repr(value).removesuffix(".0")
 
 
 def _field(part: str) -> tuple[str, object]:

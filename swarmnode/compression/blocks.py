@@ -27,7 +27,7 @@ from swarmnode.compression.tensors import (
     piece_values,
     pieces,
 )
-from swarmnode.errors import CodecError
+from swarmnode.errors import CodecError, NotFiniteError
 
 _TOP_SCALE_BITS = 0x7F7F
 """The largest finite bfloat16; a pattern above it is infinite or not a number."""
@@ -102,7 +102,7 @@ class IntCodec(SpecCodec):
                 pack_fields(fields_M, bits, part)
         if not math.isfinite(float(absmax_B.amax())):
             shape = tuple(tensor.shape)
-            raise CodecError(f"{self.spec} cannot code {shape}: a value is not finite")
+            raise NotFiniteError(f"{self.spec} cannot code {shape}: a value is not finite")
         out[: 2 * num_blocks].copy_(scale_B.to(torch.bfloat16).view(torch.uint8))
         if out is not host:
             host.copy_(out)
@@ -158,7 +158,8 @@ class IntCodec(SpecCodec):
         other_RG = x_RG.round().clamp_(-self._top - (self._code.bits == 2), self._top)
         doubt = x_RG.shape[1] / 2  # all roundings to fixed point, at their worst
         error_R = _squares(x_RG.sub_(other_RG)).add_(doubt)
-        ratio_R = (other_R / levels) / (scale_R.clamp_min(_TINY_SCALE) / self._top)
+        # A half or one: devices divide by other numbers in different ways.
+        ratio_R = other_R / scale_R.clamp_min(_TINY_SCALE) * (self._top / levels)
         is_better_R = error_R * ratio_R * ratio_R < plain_error_R.sub_(doubt)
         is_better_R &= (scale_R >= _TINY_SCALE) & (other_R >= _TINY_SCALE)
         if self.form.is_rotated:

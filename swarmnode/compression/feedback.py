@@ -72,9 +72,9 @@ class ErrorFeedback:
 
     def commit(self, pending: Pending, sent: Tensor) -> None:
         """Everybody has `sent`, the decoded bytes: what it lacks of `pending.tensor` is owed."""
-        self._end(pending)
         residual = pending.tensor.sub(sent)
         is_finite = bool(residual.isfinite().all())
+        self._end(pending)
         self._residual = residual if is_finite else None
         self._step = pending.step
         self.num_dropped += pending.drops + (not is_finite)

@@ -24,7 +24,7 @@ from swarmnode.compression.tensors import (
     piece_values,
     to_bytes,
 )
-from swarmnode.errors import CodecError
+from swarmnode.errors import CodecError, NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class TopCodec(SpecCodec):
 
 
 def _magnitudes(x_M: Tensor) -> Tensor:
-    """|x| as float32. Raises: CodecError if one is not finite."""
+    """|x| as float32. Raises: NotFiniteError if one is not finite."""
     magnitude_M = x_M.float().abs()
     if not bool(magnitude_M.amax().isfinite()):
-        raise CodecError("cannot choose the largest values: one is not finite")
+        raise NotFiniteError("cannot choose the largest values: one is not finite")
     return magnitude_M
 
 

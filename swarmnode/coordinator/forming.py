@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from swarmnode.coordinator.events import Effect, Hangup, Send
@@ -65,7 +65,6 @@ class Forming:
     inquiry: Inquiry
     wanted: Decision | None
     """A placement that was chosen before; taken if all its machines agree."""
-    distrusted: frozenset[int]
     missing: tuple[int, ...] = ()
     """Stages whose state nobody can give so far."""
     _missing_since_s: float = math.inf
@@ -126,9 +125,12 @@ class Forming:
         """Whether some holder was asked to publish its state and has not done so."""
         return self._decision is not None
 
-    def place(self, head: Head, pool: Pool, now_s: float) -> list[Effect]:
+    def place(
+        self, head: Head, pool: Pool, now_s: float, odd: Mapping[int, frozenset[PeerId]]
+    ) -> list[Effect]:
         """All have answered: decide who does what, and where each gets its state.
 
+        `odd`: by stage, holders whose state is another than that of most.
         Afterwards either something is `missing`, or `is_gathering`, or `plan_of` has an answer.
         Raises: CapacityError.
         """
@@ -138,9 +140,7 @@ class Forming:
         named = {peer for row in decision.slots for peer in row} if decision is not None else set()
         if decision is None or not named <= granted.keys() or any(map(pool.leaves, named)):
             decision, peers = self._decide(head, peers)
-        finder = Finder(
-            granted, decision.layers, head.step, head.commits, head.origin, self.distrusted
-        )
+        finder = Finder(granted, decision.layers, head.step, head.commits, head.origin, odd)
         self._shadows = choose_shadows(decision, peers, self.facts, self.manifest, finder.holds)
         holders = [(*row, *dark) for row, dark in zip(decision.slots, self._shadows, strict=True)]
         self._sources = finder.find(holders)

@@ -1,24 +1,24 @@
 """From one generation of a job to the next: who is here, who is lost, who does what from now on."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator import patience
-from swarmnode.coordinator.events import Effect, Hangup, Send, Write
+from swarmnode.coordinator.disputes import Disputes
+from swarmnode.coordinator.events import Effect, Hangup, Write
 from swarmnode.coordinator.forming import SEARCH_S, Forming
 from swarmnode.coordinator.inquiry import Inquiry
 from swarmnode.coordinator.moves import Moves
 from swarmnode.coordinator.publications import Publications
 from swarmnode.coordinator.solver.decision import decision_of
 from swarmnode.coordinator.solver.fill import solve
-from swarmnode.coordinator.votes import StateHashes, Votes
+from swarmnode.coordinator.votes import Votes
 from swarmnode.domain import Advert, Generation, ModelFacts, PeerId
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
-from swarmnode.messages import Answer, Release
+from swarmnode.messages import Answer
 
 
 class Generations(Moves):
@@ -34,13 +34,12 @@ class Generations(Moves):
         self._cause = ""
         self._forming: Forming | None = None
         self._proposed = Generation(0)
-        self._distrusted: frozenset[int] = frozenset()
         self._agreement: Inquiry | None = None
         """The question from which the plan came: its voters must adopt the plan too."""
         self._placed: set[PeerId] = set()
         self._adopted: set[PeerId] = set()
         self._votes = Votes()
-        self._hashes = StateHashes()
+        self._disputes = Disputes()
         self._publications = Publications()
         self._failures = 0
         self._broken_links = patience.BrokenLinks()
@@ -50,8 +49,6 @@ class Generations(Moves):
         """Since when others refuse what they hold and we need."""
         self._num_outbid = 0
         self._evaluation_due = False
-        self._leftover: set[PeerId] = set()
-        """Peers that have no part in the plan, and may still hold what its workers fetch."""
         self._gone: set[PeerId] = set()
         """Peers that could not be reached when last we heard of them."""
 
@@ -188,16 +185,6 @@ class Generations(Moves):
         self.replanning.insist(decision)
         return self._prepare(decision, plan, now_s)
 
-    def _let_go(self, peers: Iterable[PeerId]) -> list[Effect]:
-        """The generation at hand does without these. Who may vote still keeps what it has."""
-        effects: list[Effect] = []
-        for peer in sorted(peers):
-            if peer in self._leftover:
-                effects.append(Send(peer, Release(self.job, "others do it now")))
-            effects.append(Hangup(peer))
-        self._leftover -= set(peers)
-        return effects
-
     # ---- a new generation ------------------------------------------------------------------
 
     def _form(self, now_s: float) -> list[Effect]:
@@ -209,7 +196,7 @@ class Generations(Moves):
         inquiry = Inquiry(self._proposed, self.plan, self.me, is_begun=self.is_begun)
         self._forming = Forming(
             self.job, self.manifest, self.facts, self.me, self._signature,
-            inquiry, wanted, self._distrusted,
+            inquiry, wanted,
         )  # fmt: skip
         try:
             effects = self._forming.ask(self.head, self.pool, now_s, self._leftover)
@@ -269,7 +256,7 @@ class Generations(Moves):
         self._behind_since_s = math.inf
         finished = self._finish_step(forming, now_s)
         try:
-            effects = forming.place(self.head, self.pool, now_s)
+            effects = forming.place(self.head, self.pool, now_s, self._disputes.odd)
         except CapacityError as error:
             return finished + self._wait_for_peers(error)
         if forming.missing:
@@ -338,14 +325,13 @@ class Generations(Moves):
         effects += forming.assignments(plan, self.head)
         self._forming, self._agreement = None, forming.inquiry
         self._lacking_since_s, self._num_outbid = math.inf, 0
-        self._distrusted = frozenset()
         self._seen_off = set()
         self.plan, self.generation, self.phase = plan, plan.generation, "placing"
         self.is_begun = False
         self._placed.clear()
         self._adopted.clear()
         self._votes.clear()
-        self._hashes.clear()
+        self._disputes.assigned()
         self.outlook.measured.disturbed()
         self.replanning.placed(now_s)
         self.stragglers.placed()
@@ -366,6 +352,8 @@ class Generations(Moves):
         if not agreement.is_majority(self._placed | self._adopted):
             return None
         self.is_begun = True
+        for peer in self._disputes.settled():
+            self.pool.exclude(peer)
         let_go = set(filter(self.pool.leaves, self._leftover)) if plan.is_thin else self._leftover
         return [Write(on.BegunRecord(plan.generation)), *self._let_go(let_go)]
 
@@ -391,10 +379,3 @@ class Generations(Moves):
         if self.pool.is_hopeless(patience.MAX_STRIKES, {*workers}):
             return self._end("failed", self.reason)
         return self._form(now_s)
-
-    def _end(self, phase: Literal["stopped", "failed"], reason: str) -> list[Effect]:
-        self.phase, self.reason = phase, reason
-        named = {*self.plan.workers(), *self.plan.voters} if self.plan else set()
-        effects: list[Effect] = [Write(on.EndRecord(phase, reason))]
-        holders = sorted(named | self._leftover)  # a voter may still hold what it hosted before
-        return effects + [Send(peer, Release(self.job, reason, is_over=True)) for peer in holders]

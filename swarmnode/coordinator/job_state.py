@@ -1,6 +1,7 @@
 """What is known of one job: its plan, its step, what is committed; written down, not decided."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from swarmnode.boundary_codecs import evaluation_codec, levels_of
 from swarmnode.coordinator import events as on
@@ -16,10 +17,7 @@ from swarmnode.coordinator.stragglers import Stragglers
 from swarmnode.coordinator.votes import mean_loss
 from swarmnode.domain import Generation, ModelFacts, PeerId, Plan, SlotId
 from swarmnode.manifest import Manifest
-from swarmnode.messages import (
-    Evaluated,
-    Traffic,
-)
+from swarmnode.messages import Evaluated, Release, Traffic
 
 
 class JobState:
@@ -52,6 +50,8 @@ class JobState:
         """Who has said that it has all that a coordinator needs, the newest checkpoint included."""
         self.successor: PeerId | None = None
         """Who coordinates the job instead, once a majority follows somebody else."""
+        self._leftover: set[PeerId] = set()
+        """Peers that have no part in the plan, and may still hold what its workers fetch."""
         self._snapshot_every = snapshot_every(manifest)
 
     @property
@@ -189,3 +189,22 @@ class JobState:
                     self.phase, self.reason = phase, reason
         if records and not self.is_over:
             self.reason = "restarted; looking for peers"
+
+    def _let_go(self, peers: Iterable[PeerId]) -> list[on.Effect]:
+        """The generation at hand does without these. Who may vote still keeps what it has."""
+        effects: list[on.Effect] = []
+        for peer in sorted(peers):
+            if peer in self._leftover:
+                effects.append(on.Send(peer, Release(self.job, "others do it now")))
+            effects.append(on.Hangup(peer))
+        self._leftover -= set(peers)
+        return effects
+
+    def _end(self, phase: Literal["stopped", "failed"], reason: str) -> list[on.Effect]:
+        self.phase, self.reason = phase, reason
+        named = {*self.plan.workers(), *self.plan.voters} if self.plan else set()
+        effects: list[on.Effect] = [on.Write(on.EndRecord(phase, reason))]
+        holders = sorted(named | self._leftover)  # a voter may still hold what it hosted before
+        return effects + [
+            on.Send(peer, Release(self.job, reason, is_over=True)) for peer in holders
+        ]

@@ -11,10 +11,7 @@ from swarmnode.coordinator import events as on
 from swarmnode.coordinator import patience
 from swarmnode.coordinator.events import Effect, Event, Hangup, Send, Write
 from swarmnode.coordinator.generations import Generations
-from swarmnode.coordinator.votes import (
-    DisagreementError,
-    DivergedError,
-)
+from swarmnode.coordinator.votes import DIVERGED_HINT, DisagreementError, DivergedError
 from swarmnode.domain import BlobRef, Generation, ModelFacts, PeerId, SlotId
 from swarmnode.handovers import HandOver, Leaving, StandingBy
 from swarmnode.heartbeats import Checking
@@ -50,6 +47,8 @@ class Ledger(Generations):
     ) -> None:
         super().__init__(manifest, facts, me, signature, now_s)
         self._evaluated: dict[SlotId, Evaluated] = {}
+        self._diverged_step: int | None = None
+        """The step in which some value was not finite last."""
         self._save_again_s = now_s
         """When a final state that could not be stored is asked for again."""
         self._leaves_since_s = math.inf
@@ -121,7 +120,11 @@ class Ledger(Generations):
 
     def _on_message(self, peer: PeerId, message: object, now_s: float) -> list[Effect]:
         plan = self.plan
-        if plan is None or peer not in plan.workers() or self._forming is not None:
+        if plan is None or peer not in plan.workers():
+            return []
+        if isinstance(message, Applied):
+            return self._on_applied(peer, message, now_s)
+        if self._forming is not None:
             return []
         match message:
             case Placed(step=step) if self.phase == "placing" and step == self.step:
@@ -134,8 +137,6 @@ class Ledger(Generations):
                     self._moved_s = now_s
                     if self._votes.is_complete(plan):
                         return self._commit(now_s)
-            case Applied():
-                return self._on_applied(peer, message, now_s)
             case Evaluated(step=step, source=source) if self.phase == "evaluating":
                 is_last = source.stage == plan.num_stages - 1 and plan.computes(source)
                 if is_last and step == self.step and plan.host(source) == peer:
@@ -144,9 +145,15 @@ class Ledger(Generations):
                     if len(self._evaluated) == plan.num_slots:
                         return self._finish_evaluation(now_s)
             case Traffic():
-                self._moved_s = now_s if message.compute_s > 0 else self._moved_s
+                goes_on = message.compute_s > 0 or message.is_moving
+                self._moved_s = now_s if goes_on else self._moved_s
                 self.record_traffic(peer, message)
+            case Failed(reason=reason, is_diverged=True) if self._diverged_step == self.step:
+                # On others, too: no single machine is to blame.
+                return self._end("failed", f"step {self.step}: {reason}; {DIVERGED_HINT}")
             case Failed(reason=reason, child_ended=child_ended, blames=slot):
+                if message.is_diverged:
+                    self._diverged_step = self.step
                 at_fault = plan.host(slot) if slot is not None and slot in plan else peer
                 return self._on_failed(at_fault, reason, now_s, child_ended=child_ended)
             case LinkBroken(peer=other):
@@ -202,16 +209,14 @@ class Ledger(Generations):
         ):
             effects += self._publications.ask(self.job, self.plan, self.step, now_s)
         if self._preparing is not None:
-            effects += self._preparing.ask(self.step)
+            effects += self._preparing.ask(self.step, now_s)
         return effects + self._next(now_s)
 
     def _on_applied(self, peer: PeerId, applied: Applied, now_s: float) -> list[Effect]:
-        other = self._hashes.differs_from(peer, applied)
-        if other is None:
+        other = self._disputes.applied(peer, applied)
+        if other is None or self._forming is not None:
             return []
-        # Nobody can tell which of the two is right; the log can.
         self.reason = f"stage {applied.stage}: {peer} and {other} differ after step {applied.step}"
-        self._distrusted |= {applied.stage}
         return self._failed_once(now_s)
 
     def _finish_evaluation(self, now_s: float) -> list[Effect]:

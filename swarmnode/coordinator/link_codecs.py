@@ -5,6 +5,7 @@ would clearly fit. Both must have been so for a while, and going back takes long
 each time that it turned out to be wrong: a line whose speed swings stays at the coarser level.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -131,8 +132,8 @@ class LinkCodecs:
     ) -> int | None:
         """The level to go to by what was seen in this step alone; None to stay.
 
-        Up, it is the next one that saves something: a link that carries gradients alone saves
-        nothing at a level that is coarser for hidden states.
+        It is the next one that makes a difference: to a link that carries gradients alone, a level
+        that is coarser for hidden states makes none.
         """
         now_s = busy_s[level]
         if now_s > COARSER_ABOVE * computing_s:
@@ -140,9 +141,12 @@ class LinkCodecs:
                 if now_s - busy_s[higher] >= LEAST_SAVING * computing_s:
                     gained_s = now_s - max(busy_s[higher], computing_s)
                     return higher if gained_s * steps_left > MARGIN * RESTART_S else None
-        elif level > 0 and busy_s[level - 1] < FINER_BELOW * computing_s:
-            return level - 1 if computing_s * steps_left > MARGIN * RESTART_S else None
-        return None
+            return None
+        finer_s = next((s for s in reversed(busy_s[:level]) if s != now_s), math.inf)
+        if finer_s >= FINER_BELOW * computing_s:
+            return None
+        lower = busy_s.index(finer_s)
+        return lower if computing_s * steps_left > MARGIN * RESTART_S else None
 
     def _patience_s(self, link: Link, *, is_coarser: bool) -> float:
         if is_coarser:

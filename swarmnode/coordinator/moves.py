@@ -40,7 +40,9 @@ class Moves(JobState):
         if self.is_trained:
             return []
         shadows = self._shadows_of(decision, plan, now_s)
-        self._preparing = Preparing(self.job, decision, shadows, plan, self.pool.leaves, now_s)
+        self._preparing = Preparing(
+            self.job, decision, shadows, plan, self.pool.leaves, self.facts, now_s
+        )
         return self._preparing.begin(self._signature)
 
     def _give_up_preparing(self) -> None:

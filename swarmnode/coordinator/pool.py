@@ -66,6 +66,12 @@ class Pool:
         if not child_ended or self._failures[peer] > 1:
             self.bar(peer, now_s)
 
+    def exclude(self, peer: PeerId) -> None:
+        """This life of the peer does no good here: no work until it has been started again."""
+        advert = self._alive.get(peer)
+        life = advert.incarnation if advert is not None else -math.inf
+        self._barred[peer] = _Bar(math.inf, math.inf, life)
+
     def leave(self, peer: PeerId, incarnation: int) -> None:
         """This life of the peer will end: no work for it until it has been started again."""
         self._leaving[peer] = incarnation

@@ -1,14 +1,20 @@
 """A better placement in the making: newcomers to a stage fetch it while the others work."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from swarmnode.coordinator.events import Effect, Send
+from swarmnode.coordinator.recovery import STATE_BYTES_PER_WEIGHT
 from swarmnode.coordinator.solver.decision import Decision
-from swarmnode.domain import BlobRef, JobId, PeerId, Plan
+from swarmnode.domain import BlobRef, JobId, ModelFacts, PeerId, Plan
 from swarmnode.messages import Inquire, Prepare, Prepared, Save, Saved, StateSource
 
 PATIENCE_S = 120.0
 """Who has not fetched its states by then does without: the move happens all the same, or not."""
+SLOW_BYTES_PER_S = 1.25e6
+"""A state may take as long as over a line of 10 Mbit/s, besides."""
+MAX_FAILURES = 3
+"""After so many attempts that failed, newcomers do without too."""
 
 
 class Preparing:
@@ -21,6 +27,7 @@ class Preparing:
         shadows: Sequence[Sequence[PeerId]],
         plan: Plan,
         leaves: Callable[[PeerId], bool],
+        facts: ModelFacts,
         now_s: float,
     ) -> None:
         """`leaves`: whether a peer has said that it will go; it is asked for a state last."""
@@ -34,19 +41,35 @@ class Preparing:
         self._plan = plan
         self._leaves = leaves
         self._since_s = now_s
+        """Of the beginning, then of the question for states: the next commit may be far off."""
         self._step: int | None = None
         self._num_failures = 0
         self._givers: dict[int, PeerId] = {}
         """Who was asked for each stage's state after `_step` steps, and what it published."""
         self._indexes: dict[int, BlobRef] = {}
         self._waiting = set(self.newcomers)
+        most_bytes = max(map(partial(self._state_bytes, facts), self.newcomers.values()), default=0)
+        self._patience_s = PATIENCE_S + most_bytes / SLOW_BYTES_PER_S
 
     @property
     def is_ready(self) -> bool:
         return not self._waiting
 
     def is_overdue(self, now_s: float) -> bool:
-        return now_s - self._since_s > PATIENCE_S
+        """Whether the states should be there by now, since they were asked for."""
+        is_late = self._step is not None and now_s - self._since_s > self._patience_s
+        return is_late or self._num_failures >= MAX_FAILURES
+
+    def _state_bytes(self, facts: ModelFacts, stages: Sequence[int]) -> int:
+        """Of all that one newcomer fetches."""
+        layers, last = self.decision.layers, len(self.decision.layers) - 1
+        weights = sum(
+            (layers[stage][1] - layers[stage][0]) * facts.layer_weights
+            + facts.first_weights * (stage == 0)
+            + facts.last_weights * (stage == last)
+            for stage in stages
+        )
+        return weights * STATE_BYTES_PER_WEIGHT
 
     def begin(self, signature: bytes) -> list[Effect]:
         """Make ourselves known to those who have no part in the job yet."""
@@ -57,11 +80,11 @@ class Preparing:
         inquire = Inquire(self._job, generation, generation, 0, signature)
         return [Send(peer, inquire) for peer in sorted(strangers)]
 
-    def ask(self, step: int) -> list[Effect]:
+    def ask(self, step: int, now_s: float) -> list[Effect]:
         """`step` steps are committed: ask a holder of each stage for its state, once."""
         if self._step is not None:
             return []
-        self._step = step
+        self._step, self._since_s = step, now_s
         readers: dict[int, list[PeerId]] = {}
         for peer in sorted(self._waiting):
             for stage in self.newcomers[peer]:

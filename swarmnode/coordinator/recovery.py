@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from swarmnode.codec_specs import wire_share
 from swarmnode.coordinator.events import CheckpointRecord
-from swarmnode.domain import PeerId
+from swarmnode.domain import BlobRef, PeerId
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     MAX_COMMITTED,
@@ -40,6 +41,11 @@ class CommitLog:
     def rewind(self, step: int) -> None:
         """Steps from `step` on are given up."""
         self._recent = [commit for commit in self._recent if commit.step < step]
+
+    def contradicts(self, stage: int, step: int, update: BlobRef | None) -> bool:
+        """Whether another update of that step was committed; False where it is not known."""
+        known = (c.updates[stage] for c in self._recent if c.step == step and update is not None)
+        return any(committed != update for committed in known)
 
     def since(self, start: int, stop: int) -> tuple[Committed, ...] | None:
         """The commits of [start, stop), None if they are not all known."""
@@ -106,13 +112,14 @@ class Finder:
         step: int,
         commits: CommitLog,
         beginning: Origin,
-        distrusted: frozenset[int] = frozenset(),
+        odd: Mapping[int, frozenset[PeerId]] = MappingProxyType({}),
     ) -> None:
-        """`distrusted`: stages whose holders disagree; their state is derived from the log."""
+        """`odd`: of stages whose holders disagree, those that differ from most. Such a stage is
+        derived from the log; where that does not reach back so far, the others have it."""
         self._step = step
         self._commits = commits
         self._origin = beginning
-        self._distrusted = distrusted
+        self._odd = odd
         self._held: list[dict[PeerId, Held]] = [{} for _ in layers]
         for peer, answer in answers.items():
             for held in answer.held:
@@ -145,7 +152,7 @@ class Finder:
         able = [
             (held.step, holder)
             for holder, held in sorted(self._held[stage].items())
-            if held.step <= self._step and self.holds(stage, holder)
+            if (kept := self._kept(stage, holder)) is not None and kept.step == held.step
         ]
         if not able:
             found.lost.append(stage)
@@ -157,13 +164,26 @@ class Finder:
 
     def _kept(self, stage: int, peer: PeerId) -> StateSource | None:
         held = self._held[stage].get(peer)
-        if held is None or stage in self._distrusted:
+        if held is None or not self._is_trusted(stage, peer):
             return None
-        # Ahead of us: what it applied was never agreed on. It still has what its log begins with.
-        step = held.step if held.step <= self._step else held.log_from
-        if step > self._step or not self._reaches(stage, step):
-            return None
+        # Ahead of us, or of another history: what it applied was never agreed on. It still has
+        # what its log begins with.
+        bases = ((held.step, held.step - 1, held.last), (held.log_from, held.log_from, held.first))
+        for step, at, update in bases:
+            if step <= self._step and not self._commits.contradicts(stage, at, update):
+                is_enough = self._reaches(stage, step)
+                return self._keep(stage, step) if is_enough else None
+        return None
+
+    def _keep(self, stage: int, step: int) -> StateSource:
         return StateSource("keep", step, None, self._providers(stage, ()))
+
+    def _is_trusted(self, stage: int, peer: PeerId) -> bool:
+        odd = self._odd.get(stage)
+        if odd is None:
+            return True
+        is_alone = self._held[stage].keys() <= odd  # a state in doubt is better than none
+        return (is_alone or peer not in odd) and not self._reaches(stage, self._origin.step)
 
     def _reaches(self, stage: int, start: int) -> bool:
         """Whether the updates from step `start` on are known and in somebody's log."""
@@ -172,7 +192,9 @@ class Finder:
             return False
         missing = set(range(start, self._step))
         for held in self._held[stage].values():
-            missing -= set(range(held.log_from, held.log_to))
+            is_another = self._commits.contradicts(stage, held.step - 1, held.last)
+            if not is_another:
+                missing -= set(range(held.log_from, held.log_to))
         return not missing
 
     def _providers(self, stage: int, first: Sequence[PeerId]) -> tuple[PeerId, ...]:

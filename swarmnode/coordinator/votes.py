@@ -11,7 +11,6 @@ from swarmnode.domain import PeerId, Plan, SlotId
 from swarmnode.errors import SwarmError
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
-    Applied,
     Ready,
 )
 
@@ -25,6 +24,9 @@ class DisagreementError(SwarmError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+DIVERGED_HINT = "lower optimizer.learning_rate and submit again"
 
 
 class DivergedError(SwarmError):
@@ -75,8 +77,7 @@ class Votes:
             self._check_losses(plan)
         if not math.isfinite(norm) or (by_microbatch and not math.isfinite(loss)):
             raise DivergedError(
-                f"step {step}: loss {loss:g}, gradient norm {norm:g}; "
-                "lower optimizer.learning_rate and submit again"
+                f"step {step}: loss {loss:g}, gradient norm {norm:g}; {DIVERGED_HINT}"
             )
         clip = manifest.update_clip_norm
         scale = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
@@ -169,21 +170,3 @@ def mean_loss(losses: Sequence[float]) -> float:
     if not losses or not all(math.isfinite(loss) and abs(loss) < 1e30 for loss in losses):
         return math.nan
     return fmean(losses)
-
-
-class StateHashes:
-    """Weights after each step, as hashes: replicas of a stage must hold the same."""
-
-    def __init__(self) -> None:
-        self._first: dict[tuple[int, int], tuple[str, PeerId]] = {}
-
-    def clear(self) -> None:
-        self._first.clear()
-
-    def differs_from(self, peer: PeerId, applied: Applied) -> PeerId | None:
-        """Who said another hash before, if anybody did."""
-        at = (applied.step, applied.stage)
-        state_hash, first = self._first.setdefault(at, (applied.state_hash, peer))
-        for old in [known for known in self._first if known[0] < applied.step - 2]:
-            del self._first[old]
-        return None if state_hash == applied.state_hash else first

@@ -62,6 +62,8 @@ class BlobStore:
         """The same content may lie in several files: it is here as long as one of them is."""
         self._files: dict[Path, set[str]] = {}
         """Of each file the contents that were added of it."""
+        self._sound: dict[str, tuple[int, int, int]] = {}
+        """How own files looked when they were written, or found sound, in this life."""
         try:
             for folder in (self.scratch, self._borrowed):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ class BlobStore:
     def give_back(self, refs: Iterable[BlobRef]) -> None:
         """Remove those of `refs` that were borrowed."""
         for ref in refs:
-            self._borrowed_path(ref).unlink(missing_ok=True)
+            self._delete(self._borrowed_path(ref))
 
     def own(self, refs: Iterable[BlobRef]) -> None:
         """See that every blob stays, also what is borrowed, or a piece of somebody's file.
@@ -116,7 +118,7 @@ class BlobStore:
             self._sync(paths)
         except SwarmError:
             for path in new:
-                path.unlink(missing_ok=True)
+                self._delete(path)
             raise
 
     def _take(self, ref: BlobRef, path: Path) -> None:
@@ -149,7 +151,7 @@ class BlobStore:
 
     def remove(self, ref: BlobRef) -> None:
         """Delete the store's own copy of the blob; pieces of others' files are theirs to drop."""
-        self._own_path(ref).unlink(missing_ok=True)
+        self._delete(self._own_path(ref))
 
     # ---- reading ----
 
@@ -169,7 +171,7 @@ class BlobStore:
         files = (self._own_path(ref), self._borrowed_path(ref))
         failure = f"blob {ref.sha256:.12} is not here"
         for piece in (*(Range(ref, path, 0) for path in files), *self._pieces(ref)):
-            is_file = piece.path in files
+            is_file, look = piece.path in files, _look(piece.path)
             try:
                 data = _read_piece(piece, is_whole=is_file)
             except FileNotFoundError:
@@ -178,14 +180,33 @@ class BlobStore:
                 failure = f"blob {ref.sha256:.12} cannot be read: {error.strerror}"
                 continue
             if hashlib.sha256(data).hexdigest() == ref.sha256:
+                if is_file:
+                    self._sound[ref.sha256] = look
                 return data
             failure = f"blob {ref.sha256:.12} was corrupt on disk and is removed"
             if is_file:
-                piece.path.unlink(missing_ok=True)
+                self._delete(piece.path)
             else:
                 with self._lock:
                     self._forget(ref.sha256, [piece])
         raise ChunkError(failure)
+
+    def is_sound(self, ref: BlobRef) -> bool:
+        """Whether the blob is here, by content; what is damaged is removed, as by `read`.
+
+        A file of the store's own that was written or read in this life is not read again, unless
+        somebody has touched it since.
+        """
+        try:
+            looks = (_look(path) for path in (self._own_path(ref), self._borrowed_path(ref)))
+            if any(
+                look[0] == ref.num_bytes and look == self._sound.get(ref.sha256) for look in looks
+            ):
+                return True
+            self.read(ref)
+        except ChunkError:
+            return False
+        return True
 
     # ---- inside ----
 
@@ -208,6 +229,11 @@ class BlobStore:
     def _borrowed_path(self, ref: BlobRef) -> Path:
         return self._borrowed / self._own_path(ref).name
 
+    def _delete(self, path: Path) -> None:
+        """Remove an own file, if it is there, and what is known of it."""
+        self._sound.pop(path.name, None)
+        path.unlink(missing_ok=True)
+
     def _write(self, path: Path, data: bytes | bytearray | memoryview) -> None:
         """Write `path` through a temporary file and a rename; `_sync` makes it outlast a crash."""
         partial: str | None = None
@@ -216,8 +242,12 @@ class BlobStore:
             descriptor, partial = tempfile.mkstemp(dir=self.scratch)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
+            then_s = time.time() - 1.0  # whoever writes to it leaves another time, by any clock
+            os.utime(partial, (then_s, then_s))
+            look = _look(Path(partial))
             os.replace(partial, path)
             partial = None
+            self._sound[path.name] = look
         except OSError as error:
             raise self._full(memoryview(data).nbytes, error) from error
         finally:
@@ -267,3 +297,12 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
+
+
+def _look(path: Path) -> tuple[int, int, int]:
+    """Size, number and time of a file, others once it is written to; -1 if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (-1, -1, -1)
+    return (found.st_size, found.st_ino, found.st_mtime_ns)

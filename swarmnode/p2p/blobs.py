@@ -87,7 +87,7 @@ class BlobClient:
         store is full.
         """
         wanted = list(dict.fromkeys(refs))
-        absent = [ref for ref in wanted if not await asyncio.to_thread(self._is_sound, ref)]
+        absent = [ref for ref in wanted if not await asyncio.to_thread(self._store.is_sound, ref)]
         total_bytes = sum(ref.num_bytes for ref in wanted)
         missing_bytes = sum(ref.num_bytes for ref in absent)
 
@@ -120,13 +120,6 @@ class BlobClient:
             failure = errors.exceptions[0]
         if failure is not None:
             raise failure
-
-    def _is_sound(self, ref: BlobRef) -> bool:
-        try:
-            self._store.read(ref)
-        except ChunkError:
-            return False
-        return True
 
 
 class _Fetch:

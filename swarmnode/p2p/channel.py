@@ -107,6 +107,8 @@ class Channel:
         urgency: Urgency,
     ) -> None:
         self.peer = peer
+        self.sent_bytes = 0
+        """Read from other threads too."""
         self._turns = turns
         self._urgency = urgency
         self._stream = stream
@@ -171,6 +173,7 @@ class Channel:
             self._credit_bytes -= cost_bytes
             if record:
                 await self._write(record)
+                self.sent_bytes += len(record)
                 turn.moved()
         if not record:
             await self._changed.wait()

@@ -56,6 +56,7 @@ class MemoryStream:
         self._end: Exception | None = None
         self._broken: str | None = None
         self._is_ended_by_us = False
+        self.sent_bytes = 0
 
     @property
     def peer(self) -> PeerId:
@@ -78,6 +79,7 @@ class MemoryStream:
             )
             if self._broken is not None:
                 raise PeerLostError(self._peer, self._broken)
+            self.sent_bytes += len(message)
             self._other._put(message)
 
     async def receive(self) -> bytes | bytearray:

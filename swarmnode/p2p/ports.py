@@ -34,6 +34,10 @@ class Stream(Protocol):
     def peer(self) -> PeerId:
         """The peer at the other end, proven by its key."""
 
+    @property
+    def sent_bytes(self) -> int:
+        """What has left so far, also of a message that is still under way."""
+
     async def send(self, *parts: Buffer) -> None:
         """Send the concatenation of `parts` as one message; return when the transport took it.
 

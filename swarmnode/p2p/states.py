@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from swarmnode.domain import BlobRef
 from swarmnode.errors import ProtocolError
 from swarmnode.p2p.blob_store import Range
-from swarmnode.tensorfiles import ITEM_BYTES, TensorSpan
+from swarmnode.tensorfiles import DATA_SHA256, ITEM_BYTES, TensorSpan
 from swarmnode.wire import CHUNK_BYTES, MAX_BLOB_BYTES
 
 MAX_TENSORS = 1 << 18
@@ -152,11 +153,22 @@ def index_tensors(
 
 
 def write_safetensors(
-    path: Path, tensors: Iterable[IndexedTensor], read: Callable[[BlobRef], bytes]
+    path: Path,
+    tensors: Iterable[IndexedTensor],
+    read: Callable[[BlobRef], bytes],
+    *,
+    is_checkable: bool = False,
 ) -> None:
-    """Write the tensors as one safetensors file: complete and flushed, or not there at all."""
-    rows = list(tensors)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Write the tensors as one safetensors file: complete and flushed, or not there at all.
+
+    Where it is to be checkable, it says the hash that `check_data` looks for. The tensors lie in
+    the given order, but are written by name: so that hash is known after one pass, and the header,
+    whose length is known before, is written last.
+    """
+    rows, digest = list(tensors), hashlib.sha256()
+    metadata = {"format": "pt", **({DATA_SHA256: digest.hexdigest()} if is_checkable else {})}
+    header: dict[str, object] = {"__metadata__": metadata}
+    starts: dict[str, int] = {}
     offset = 0
     for tensor in rows:
         stop = offset + tensor.num_bytes
@@ -165,18 +177,33 @@ def write_safetensors(
             "shape": list(tensor.shape),
             "data_offsets": [offset, stop],
         }
+        starts[tensor.name] = offset
         offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
+    data_start = len(_header_bytes(header))
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in rows:
+            for tensor in sorted(rows, key=lambda tensor: tensor.name):
+                digest.update(tensor.name.encode() + b"\n")
+                file.seek(data_start + starts[tensor.name])
                 for chunk in tensor.chunks:
-                    file.write(read(chunk))
+                    data = read(chunk)
+                    file.write(data)
+                    if is_checkable:
+                        digest.update(data)
+            if is_checkable:
+                metadata[DATA_SHA256] = digest.hexdigest()
+            file.seek(0)
+            file.write(_header_bytes(header))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _header_bytes(header: Mapping[str, object]) -> bytes:
+    """What a safetensors file begins with."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -51,6 +51,10 @@ class Libp2pStream:
     def peer(self) -> PeerId:
         return self._peer
 
+    @property
+    def sent_bytes(self) -> int:
+        return self._channel.sent_bytes
+
     async def send(self, *parts: Buffer) -> None:
         """See `ports.Stream`.
 

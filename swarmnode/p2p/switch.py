@@ -58,6 +58,8 @@ class _Lane:
 
     queue: asyncio.Queue[_Queued]
     task: asyncio.Task[None]
+    stream: Stream | None = None
+    """None until it is open."""
 
 
 @dataclass
@@ -156,6 +158,14 @@ class Switch:
         entry = self._jobs.get(job)
         return dict(entry.sent) if entry else {}
 
+    def moved(self, job: JobId) -> int:
+        """A number that is another one whenever bytes of `job` have left, in the middle of a
+        message too: on a slow line one may take minutes."""
+        entry = self._jobs.get(job)
+        lanes = entry.lanes.values() if entry else ()
+        under_way = sum(lane.stream.sent_bytes for lane in lanes if lane.stream is not None)
+        return under_way + sum(self.sent(job).values())
+
     async def send(self, message: TensorMessage, payload: bytes | memoryview = b"") -> None:
         """Send one message to where it belongs; waits while that peer's queue is full.
 
@@ -213,6 +223,9 @@ class Switch:
                 peer, addresses, TENSOR_PROTOCOL,
                 max_message_bytes=MAX_TENSOR_BYTES, urgency=urgency,
             )  # fmt: skip
+            lane = entry.lanes.get((peer, urgency))
+            if lane is not None and lane.queue is queue:
+                lane.stream = stream
             while True:
                 message, payload, queued_s = await queue.get()
                 if not _is_current(entry, message):

@@ -1,5 +1,6 @@
 """An assignment carried out up to the child: data, states and updates brought here."""
 
+import asyncio
 from collections.abc import Collection
 
 from swarmnode.domain import PeerId
@@ -69,6 +70,8 @@ async def gather(
             assert source.index is not None
             path = state_path(keeper.directory, stage, taken.step, "fetched")
             await fetcher.state(source.index, source.providers, stage, path)
+        if taken.to_fetch and taken.disproved_after is not None:
+            await asyncio.to_thread(keeper.disprove, stage, taken.disproved_after)
         if taken.to_fetch:
             await fetcher.updates(taken.to_fetch, source.providers, keeper.log(stage))
             for update in taken.to_fetch:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swarmnode.children import Child
-from swarmnode.codings import MAX_CODINGS, Coding, total
 from swarmnode.domain import Generation, PeerId, Plan
 from swarmnode.engine_messages import (
     Alive,
@@ -24,7 +23,6 @@ from swarmnode.errors import ChildError, ProtocolError, SwarmError
 from swarmnode.failpoints import hit
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
-    MAX_LINK_REPORTS,
     Applied,
     Assign,
     Commit,
@@ -32,15 +30,12 @@ from swarmnode.messages import (
     Failed,
     Frame,
     LinkBroken,
-    LinkReport,
     Message,
     Placed,
     Prepare,
     Prepared,
     Ready,
     Saved,
-    SentKind,
-    Traffic,
 )
 from swarmnode.p2p.switch import TensorMessage
 from swarmnode.session_messages import (
@@ -56,11 +51,9 @@ from swarmnode.worker.child_watch import ChildWatch
 from swarmnode.worker.fetching import Fetcher
 from swarmnode.worker.files import state_path
 from swarmnode.worker.handoff import Handoff
+from swarmnode.worker.reports import Reports
 from swarmnode.worker.state_keeper import StateKeeper
 from swarmnode.worker.tools import HostTools
-
-REPORT_S = 5.0
-"""Seconds of computing after which the coordinator is told, also in the middle of a step."""
 
 
 class ChildHost:
@@ -76,7 +69,7 @@ class ChildHost:
     ) -> None:
         self.plan: Plan | None = None
         """The plan that is carried out now."""
-        self.control_bytes = 0
+        self.reports = Reports(manifest.job, tools, post)
         self._job = manifest.job
         self._manifest = manifest
         self._canonical = canonical
@@ -92,12 +85,12 @@ class ChildHost:
         """Whether the child's next word is waited for, and not its last one handed on."""
         self._assigning: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
+        self._given_up: set[asyncio.Task[None]] = set()
+        """What was cancelled and has not ended: it may write a file still."""
         self._handoffs: dict[int, Handoff] = {}
         self._is_configuring = False
         self._wanted: dict[tuple[int, int], Generation] = {}
         """States to publish as soon as the child has written them: (stage, step)."""
-        self._compute_s = 0.0
-        self._codings: tuple[Coding, ...] = ()
 
     @property
     def pid(self) -> int | None:
@@ -113,10 +106,9 @@ class ChildHost:
     def carry_out(self, assign: Assign, group: asyncio.TaskGroup) -> None:
         """Go over to the plan of `assign`; what goes on about an earlier one is given up."""
         self._group = group
-        for earlier in (self._assigning, self._preparing):
-            if earlier is not None:
-                earlier.cancel()
-        self.plan = assign.plan
+        self._give_up(self._assigning)
+        self._give_up(self._preparing)
+        self.plan = self.reports.plan = assign.plan
         self._tools.switch.join(
             self._job, assign.plan, to_worker=self._on_tensor, on_broken=self._on_broken
         )
@@ -126,11 +118,18 @@ class ChildHost:
     def prepare(self, prepare: Prepare, group: asyncio.TaskGroup) -> None:
         """Fetch what a later plan will need, and have a child that is ready to compute."""
         self._group = group
-        if self._preparing is not None:
-            self._preparing.cancel()
+        self._give_up(self._preparing)
         self._preparing = group.create_task(self._prepare(prepare), name=f"prepare {self._job}")
 
+    def _give_up(self, task: asyncio.Task[None] | None) -> None:
+        if task is not None and not task.done():
+            task.cancel()
+            self._given_up.add(task)
+            task.add_done_callback(self._given_up.discard)
+
     async def _prepare(self, prepare: Prepare) -> None:
+        if self._given_up:
+            await asyncio.wait(self._given_up)
         tools, keeper, plan = self._tools, self._keeper, prepare.plan
         assign = Assign(self._job, plan, prepare.step, prepare.sources, b"")
         try:
@@ -138,7 +137,7 @@ class ChildHost:
                 await self._start_child()
             stages = keeper.expect(stage for stage, _ in prepare.sources)
             planned = plan_handoffs(assign, tools.me, self._manifest, keeper, stages)
-            fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
+            fetcher = self._fetcher(plan)
             await gather(assign, self._manifest, planned, keeper, fetcher, tools.me)
             await self._is_warm.wait()  # or all others would wait for it when it gets its slots
             self._post(Prepared(self._job, plan.generation, prepare.step))
@@ -158,10 +157,12 @@ class ChildHost:
 
     async def _assign(self, assign: Assign) -> None:
         """Fetch what is missing, then make the child ready for the generation."""
+        if self._given_up:
+            await asyncio.wait(self._given_up)
         tools, keeper, plan = self._tools, self._keeper, assign.plan
         try:
             planned = plan_handoffs(assign, tools.me, self._manifest, keeper)
-            fetcher = Fetcher(self._job, plan, tools.me, tools.store, tools.blobs)
+            fetcher = self._fetcher(plan)
             bases = await gather(assign, self._manifest, planned, keeper, fetcher, tools.me)
             if self._child is None:
                 await self._start_child()
@@ -178,6 +179,7 @@ class ChildHost:
                 trace_directory=tools.trace_directory,
             )
             self._handoffs = {stage: taken for stage, (taken, _) in planned.items()}
+            keeper.memory = dict.fromkeys(planned, assign.step)  # once it reads the next message
             self._is_configuring = True
             self._tell_watch(watching.Configuring())  # asks behind what is sent now
             await self.send(configure, self._canonical)
@@ -205,6 +207,13 @@ class ChildHost:
         self._wanted[stage, step] = generation
         path = state_path(self._keeper.directory, stage, step, "export")
         await self.send(Export(self._job, generation, step, stage, str(path)))
+
+    def _fetcher(self, plan: Plan) -> Fetcher:
+        tools = self._tools
+        return Fetcher(
+            self._job, plan, tools.me, tools.store, tools.blobs,
+            lambda: self.reports.fetched(_now_s()),
+        )  # fmt: skip
 
     # ---- the child -------------------------------------------------------------------------
 
@@ -260,10 +269,10 @@ class ChildHost:
                     self._post(Failed(self._job, generation, str(error)[:1000]))
                     return
                 self._post(message)
-                self._post_traffic()
+                self.reports.tell(_now_s())
             case Evaluated():
                 self._post(message)
-                self._post_traffic()
+                self.reports.tell(_now_s())
             case Applied():
                 self._post(message)
             case Failed():
@@ -279,13 +288,11 @@ class ChildHost:
             case Warm():
                 self._is_warm.set()
             case Coded(codings=codings):
-                self._codings = total((*self._codings, *codings))[:MAX_CODINGS]
+                self.reports.coded(codings)
                 self._tools.on_coded(codings)
             case Busy(compute_s=compute_s):
-                self._compute_s += compute_s
+                self.reports.computed(compute_s, _now_s())
                 self._tools.on_compute(compute_s)
-                if self._compute_s > REPORT_S:  # a long step: say that we are at it
-                    self._post_traffic()
             case _:
                 raise ProtocolError(f"the child does not send {type(message).__name__}")
 
@@ -330,13 +337,14 @@ class ChildHost:
             await asyncio.sleep(watch.look_s)
 
     async def _look_at(self, child: Child, watch: ChildWatch) -> None:
-        look = watching.Look(is_listening=self._is_listening)
-        await self._heed(child, watch.handle(look, asyncio.get_running_loop().time()))
+        look, now_s = watching.Look(is_listening=self._is_listening), _now_s()
+        self.reports.look(now_s)
+        await self._heed(child, watch.handle(look, now_s))
 
     def _tell_watch(self, event: watching.Configuring | watching.Answered) -> None:
         assert self._group is not None
         if self._child is not None and self._watch is not None:
-            effects = self._watch.handle(event, asyncio.get_running_loop().time())
+            effects = self._watch.handle(event, _now_s())
             task = self._heed(self._child, effects)
             self._group.create_task(task, name=f"ask the child of {self._job}")
 
@@ -353,19 +361,10 @@ class ChildHost:
 
     # ---- what it tells ---------------------------------------------------------------------
 
-    def _post_traffic(self) -> None:
-        sent: dict[SentKind, int] = self._tools.switch.sent(self._job)
-        sent["control"] = self.control_bytes
-        self._post(Traffic(self._job, sent, self._compute_s, self._links(), self._codings))
-        self._compute_s = 0.0
-
-    def _links(self) -> tuple[LinkReport, ...]:
-        """Our paths to the other peers of the plan, as far as they were measured."""
-        if self.plan is None:
-            return ()
-        reports = [link for link in self._tools.links() if self.plan.names(link.peer)]
-        return tuple(reports[:MAX_LINK_REPORTS])
-
     def _on_broken(self, peer: PeerId, reason: str) -> None:
         if self.plan is not None:
             self._post(LinkBroken(self._job, self.plan.generation, peer, reason[:1000]))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,7 +1,9 @@
 """What an assignment needs of other peers: data, states and updates, by content."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from swarmnode.domain import BlobRef, JobId, PeerId, Plan
@@ -16,6 +18,7 @@ from swarmnode.updates import UpdateIndex
 from swarmnode.worker.handoff import Update
 from swarmnode.worker.training.log import UpdateLog
 
+Read = Callable[[BlobRef], bytes]
 RETRY_S = (0.25, 0.5, 1.0, 2.0)
 """Waits between attempts while all refuse: a peer may not have heard of the new plan yet."""
 
@@ -28,13 +31,21 @@ class Fetcher:
     """
 
     def __init__(
-        self, job: JobId, plan: Plan, me: PeerId, store: BlobStore, blobs: BlobClient
+        self,
+        job: JobId,
+        plan: Plan,
+        me: PeerId,
+        store: BlobStore,
+        blobs: BlobClient,
+        on_chunk: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_chunk` is called for each chunk that has come."""
         self._job = job
         self._plan = plan
         self._me = me
         self._store = store
         self._blobs = blobs
+        self._on_chunk = on_chunk
 
     async def data(self, data: DataContent) -> None:
         """Bring the token streams here: from the coordinator, or from any worker that has them."""
@@ -72,8 +83,9 @@ class Fetcher:
         index = index.pick(lambda name: is_wanted(name, start, stop, is_edge))
         await self._fetch(index.chunks(), providers, _hit_half_way, is_borrowed=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(write_safetensors, path, index.tensors, self._store.read)
-        await asyncio.to_thread(self._store.give_back, [index_ref, *index.chunks()])
+        write = partial(write_safetensors, path, index.tensors, is_checkable=True)
+        await self._in_thread(write)
+        await self._in_thread(partial(self._give_back, [index_ref, *index.chunks()]))
 
     async def updates(
         self, updates: Sequence[Update], providers: Sequence[PeerId], log: UpdateLog
@@ -93,12 +105,36 @@ class Fetcher:
         chunks = [chunk for index in indexes for chunk in index.chunks]
         await self._fetch(chunks, providers, _hit_half_way, is_borrowed=True)
         for index in indexes:
-            await asyncio.to_thread(self._log, index, log)
-        await asyncio.to_thread(self._store.give_back, [*refs, *chunks])
+            await self._in_thread(partial(_log, index, log))
+        await self._in_thread(partial(self._give_back, [*refs, *chunks]))
 
-    def _log(self, index: UpdateIndex, log: UpdateLog) -> None:
-        ref = log.write(index.step, [self._store.read(chunk) for chunk in index.chunks])
-        assert ref == index.ref, "every chunk was checked against its hash"
+    def _give_back(self, refs: Sequence[BlobRef], _read: Read) -> None:
+        self._store.give_back(refs)
+
+    async def _in_thread(self, write: Callable[[Read], None]) -> None:
+        """Let a thread write what it reads of the store with what it is given.
+
+        Whoever is cancelled meanwhile ends when the thread has: it stops at its next chunk.
+        """
+        is_given_up = threading.Event()
+
+        def read(ref: BlobRef) -> bytes:
+            if is_given_up.is_set():
+                raise SwarmError("nobody waits for this any more")
+            return self._store.read(ref)
+
+        writing = asyncio.get_running_loop().run_in_executor(None, write, read)
+        cancelled: asyncio.CancelledError | None = None
+        while not writing.done():
+            try:
+                await asyncio.wait([writing])  # a cancelled wait does not cancel what it is for
+            except asyncio.CancelledError as error:
+                is_given_up.set()
+                cancelled = error
+        if cancelled is not None:
+            writing.exception()  # is of no interest
+            raise cancelled
+        writing.result()
 
     async def _fetch(
         self,
@@ -109,6 +145,12 @@ class Fetcher:
         is_borrowed: bool = False,
     ) -> None:
         """From `providers`, and if they fail from anybody in the plan."""
+
+        def told(done_bytes: int, total_bytes: int) -> None:
+            self._on_chunk()
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+
         first = list(dict.fromkeys(peer for peer in providers if peer != self._me))
         everybody = dict.fromkeys((*first, self._plan.coordinator, *self._plan.workers()))
         rest = [peer for peer in everybody if peer != self._me]
@@ -119,7 +161,7 @@ class Fetcher:
             for peers in rounds:
                 try:
                     await self._blobs.fetch_all(
-                        self._job, refs, self._known(peers), progress, is_borrowed=is_borrowed
+                        self._job, refs, self._known(peers), told, is_borrowed=is_borrowed
                     )
                     return
                 except SwarmError as error:
@@ -132,6 +174,11 @@ class Fetcher:
 
     def _known(self, peers: Iterable[PeerId]) -> list[tuple[PeerId, Sequence[str]]]:
         return [(peer, self._plan.addresses.get(peer, ())) for peer in peers]
+
+
+def _log(index: UpdateIndex, log: UpdateLog, read: Read) -> None:
+    ref = log.write(index.step, [read(chunk) for chunk in index.chunks])
+    assert ref == index.ref, "every chunk was checked against its hash"
 
 
 def _hit_half_way(done_bytes: int, total_bytes: int) -> None:

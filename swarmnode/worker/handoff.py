@@ -5,7 +5,7 @@ state before the first step; the committed updates bring it to the assigned step
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from swarmnode.domain import BlobRef
@@ -54,6 +54,8 @@ class Handoff:
     stale_snapshots: tuple[int, ...]
     """State files of a history that is not the assigned one, or cut off from it."""
     stale_log: tuple[int, ...]
+    disproved_after: int | None = None
+    """States of more steps are of another history, as the own log tells; None where it does not."""
 
     @property
     def to_fetch(self) -> tuple[Update, ...]:
@@ -72,15 +74,18 @@ def plan_handoff(
     refs = {c.step: c.updates[stage] for c in commits if stage < len(c.updates)}
     scales = {c.step: c.scale for c in commits}
     log = holding.log
-    agreed_to = _agreed_to(step, log, refs)
+    disproved_after = min((s for s in log if s in refs and log[s] != refs[s]), default=None)
     for how, base in _bases(source, holding, step):
-        if how in ("keep", "load") and base > agreed_to:
+        is_own = how in ("keep", "load")
+        if is_own and disproved_after is not None and base > disproved_after:
             continue
         if all(s in refs for s in range(base, step)):
             updates = tuple(
                 Update(s, scales[s], refs[s], log.get(s) == refs[s]) for s in range(base, step)
             )
-            return _handoff(how, base, step, updates, holding)
+            return replace(
+                _handoff(how, base, step, updates, holding), disproved_after=disproved_after
+            )
     raise DataError(_why_not(stage, step, source, holding, refs))
 
 
@@ -97,7 +102,8 @@ def held(stage: int, layers: tuple[int, int], holding: Holding) -> Held | None:
         return None
     if not holding.log:
         log_from = log_to = best
-    return Held(stage, *layers, best, log_from, log_to)
+    first, last = holding.log.get(log_from), holding.log.get(best - 1)
+    return Held(stage, *layers, best, log_from, log_to, first, last)
 
 
 def retained(snapshots: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -121,11 +127,6 @@ def _bases(source: StateSource, holding: Holding, step: int) -> list[tuple[How, 
     if holding.starts_itself:
         found.append(("init", 0))
     return found
-
-
-def _agreed_to(step: int, log: Mapping[int, BlobRef], refs: Mapping[int, BlobRef]) -> int:
-    """States of more steps than this hold an update that was never committed."""
-    return min((s for s in log if s in refs and log[s] != refs[s]), default=step)
 
 
 def _handoff(

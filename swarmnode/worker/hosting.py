@@ -390,7 +390,7 @@ class JobHost:
                 self._talk.cancel()
 
     def _on_control(self, num_bytes: int) -> None:
-        self._work.control_bytes += num_bytes
+        self._work.reports.control_bytes += num_bytes
         self._tools.on_sent("control", num_bytes)
 
 

@@ -166,6 +166,15 @@ class StateKeeper:
             self._delete_log(stage, taken.stale_log)
             self.log(stage).forget_readies()
 
+    def disprove(self, stage: int, after_step: int) -> None:
+        """States of more steps are of another history. The log that tells it is to be overwritten,
+        and would no longer: they go before."""
+        if self.memory.get(stage, 0) > after_step:
+            del self.memory[stage]
+        for (at, _), path in self._files(stage).items():
+            if at > after_step:
+                self._delete(path)
+
     def expect(self, stages: Iterable[int]) -> frozenset[int]:
         """States of these stages are fetched for a plan to come: `tidy` leaves them alone."""
         self._expected = frozenset(stages)

@@ -326,3 +326,18 @@ def test_a_stride_reaches_every_value_of_every_fragment(num_fragments: int) -> N
         for averager in averagers:
             averager.commit()
     assert torch.equal(sent_N, torch.ones(layout.num_values))
+
+
+@pytest.mark.parametrize("topology", ["owners", "everyone"])
+def test_a_fragment_without_any_value_is_exchanged_as_nothing(topology: str) -> None:
+    sync = parse_sync(f"sends=difference,every=3,fragments=3,topology={topology}")
+    layout = layout_of([(64,)], sync, 2)
+    averagers = [Averager(sync, layout, slot) for slot in range(2)]
+    sizes = []
+    for _ in range(3):
+        (mean, _) = run_exchange(averagers, [torch.ones(layout.num_values)] * 2)
+        sizes.append(sum(part.size for part in mean))
+        for averager in averagers:
+            averager.commit()
+    assert sum(sizes) == 64
+    assert 0 in sizes

@@ -88,6 +88,7 @@ class Line:
         ({"preset": "slow"}, [""]),
         ({"activation": "int2/32", "activation_gradient": "int2/32"}, [""]),
         ({"activation": "aq/int8"}, [""]),
+        ({"activation": "powersgd/r8", "activation_gradient": "int4/32+hadamard"}, [""]),
     ],
 )
 def test_the_levels_of_a_job_are_its_own_codecs_and_what_is_coarser(
@@ -232,6 +233,11 @@ def test_a_level_that_saves_nothing_on_a_link_is_passed_over() -> None:
     for second in range(30):
         some.see(ONE, {(B, A): LineLoad((2.0, 2.0, 1.1))}, 1.0, 1000, float(second))
     assert some.level((B, A)) == 2, "it carries gradients alone"
+    for second in range(30, 2000):
+        some.see(ONE, {(B, A): LineLoad((0.2, 0.2, 0.1))}, 1.0, 1000, float(second))
+        if some.level((B, A)) != 2:
+            break
+    assert some.level((B, A)) == 0, "and on the way back"
 
 
 def test_a_job_that_keeps_its_codecs_never_changes() -> None:

@@ -1,9 +1,11 @@
 """What follows when a job makes no progress although all who work for it are alive."""
 
+from collections import deque
+
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.patience import PATIENCE_S
 from swarmnode.domain import PeerId
-from swarmnode.messages import Placed
+from swarmnode.messages import Placed, Traffic
 from tests.coordinator.bench import Bench, manifest
 
 STEPS = 5
@@ -65,3 +67,21 @@ def test_a_step_that_does_not_end_bars_nobody() -> None:
     assert usable(bench) == bench.adverts.keys()
     bench.run()
     assert bench.commits() == list(range(STEPS))
+
+
+def test_a_step_whose_tensors_are_still_on_their_way_is_not_begun_again() -> None:
+    """Over a slow line an exchange may take far longer than any computing."""
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    bench.run(until="training")
+    assert bench.ledger.plan is not None
+    before, (worker, *_) = bench.ledger.generation, bench.ledger.plan.workers()
+    under_way, bench.inbox = bench.inbox, deque()
+    for _ in range(30):
+        bench.feed(on.Heard(worker, Traffic(bench.ledger.job, {}, 0.0, is_moving=True)))
+        bench.tick(PATIENCE_S["training"] / 2)
+    assert bench.ledger.generation == before
+    bench.feed(on.Heard(worker, Traffic(bench.ledger.job, {}, 0.0)))
+    bench.inbox = under_way
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+    assert bench.ledger.generation == before, "the same step ended after half an hour"

@@ -5,12 +5,14 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from swarmnode.domain import BlobRef
 from swarmnode.errors import ChunkError, SwarmError
+from swarmnode.p2p import blob_store
 from swarmnode.p2p.blob_store import BORROWED_S, BlobStore, Range, blob_path
 from swarmnode.wire import MAX_BLOB_BYTES
 
@@ -157,6 +159,88 @@ def test_threads_may_put_the_same_blob_at_once(store: BlobStore) -> None:
         thread.join()
     assert store.read(store.put(data)) == data
     assert list(store.scratch.iterdir()) == []
+
+
+# ---- what need not be read again ----------------------------------------------------------------
+
+
+@pytest.fixture
+def read_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were read, in order."""
+    seen, real = list[Path](), blob_store._read_piece
+
+    def read_piece(piece: Range, *, is_whole: bool) -> bytes:
+        data = real(piece, is_whole=is_whole)
+        seen.append(piece.path)
+        return data
+
+    monkeypatch.setattr(blob_store, "_read_piece", read_piece)
+    return seen
+
+
+@pytest.mark.parametrize("is_borrowed", [False, True])
+def test_what_was_written_or_read_in_this_life_is_known_to_be_sound(
+    store: BlobStore, read_paths: list[Path], is_borrowed: bool
+) -> None:
+    ref = store.put(b"data", is_borrowed=is_borrowed)
+    assert store.is_sound(ref)
+    assert not read_paths
+    again = BlobStore(store.root)
+    assert again.is_sound(ref)
+    assert len(read_paths) == 1, "what an earlier life wrote is looked at once"
+    assert again.is_sound(ref)
+    assert len(read_paths) == 1
+    assert not again.is_sound(BlobRef(ref.sha256, 3))
+    assert not again.is_sound(BlobRef("../x", 3))
+
+
+CHANGES: dict[str, Callable[[BlobStore, BlobRef], object]] = {
+    "removed": lambda store, ref: store.remove(ref),
+    "gone": lambda store, ref: blob_path(store.root, ref).unlink(),
+    "written to": lambda store, ref: blob_path(store.root, ref).write_bytes(b"daTa"),
+    "shorter": lambda store, ref: os.truncate(blob_path(store.root, ref), 3),
+    "replaced": lambda store, ref: os.replace(
+        blob_path(store.root, store.put(b"daTa")), blob_path(store.root, ref)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_changed_since_is_known_no_more(store: BlobStore, name: str) -> None:
+    ref = store.put(b"data")
+    assert store.is_sound(ref)
+    CHANGES[name](store, ref)
+    assert not store.is_sound(ref)
+    assert not store.has(ref)
+    store.put(b"data")
+    assert store.is_sound(ref)
+
+
+def test_what_a_read_finds_damaged_is_known_no_more(store: BlobStore) -> None:
+    ref = store.put(b"data")
+    path = blob_path(store.root, ref)
+    found = path.stat()
+    path.write_bytes(b"daTa")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # as a disk that forgets
+    assert store.is_sound(ref), "nobody has looked"
+    with pytest.raises(ChunkError, match="is removed"):
+        store.read(ref)
+    assert not store.is_sound(ref)
+
+
+def test_what_is_given_back_or_a_piece_of_another_file_is_read(
+    tmp_path: Path, store: BlobStore, read_paths: list[Path]
+) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(b"piece")
+    (piece,) = pieces(source, 1000)
+    assert store.put(b"piece", is_borrowed=True) == piece.ref
+    store.add_ranges([piece])
+    assert store.is_sound(piece.ref)
+    store.give_back([piece.ref])
+    assert store.is_sound(piece.ref)
+    assert store.is_sound(piece.ref)
+    assert read_paths == [source, source]
 
 
 # ---- ranges of files that belong to others ------------------------------------------------------

@@ -105,6 +105,23 @@ async def test_nothing_is_asked_for_what_is_there(tmp_path: Path) -> None:
             await swarm.client.fetch(JOB, BlobRef("0" * 64, 3), [])
 
 
+async def test_what_came_in_this_life_is_not_read_again_to_fetch_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with MemoryNetwork() as network:
+        swarm = Swarm(network, tmp_path)
+        data = contents(6)
+        refs = refs_of(data, tmp_path)
+        seeder = swarm.seeder("a", data)
+        await swarm.client.fetch_all(JOB, refs[:3], [seeder])
+        read, real = list[BlobRef](), swarm.store.read
+        monkeypatch.setattr(swarm.store, "read", lambda ref: (read.append(ref), real(ref))[1])
+        await swarm.client.fetch_all(JOB, refs, [seeder])
+        assert read == refs[3:], "what is not known is looked for"
+        await swarm.client.fetch_all(JOB, refs, [])
+        assert read == refs[3:]
+
+
 async def test_two_halves_make_a_whole(tmp_path: Path) -> None:
     async with MemoryNetwork() as network:
         swarm = Swarm(network, tmp_path)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmnode.domain import BlobRef
-from swarmnode.errors import ChunkError, ProtocolError
+from swarmnode.errors import ChunkError, DataError, ProtocolError
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.states import IndexedTensor, TensorIndex, index_tensors, write_safetensors
-from swarmnode.tensorfiles import ITEM_BYTES, read_bytes, read_header
+from swarmnode.tensorfiles import ITEM_BYTES, check_data, read_bytes, read_header
 from swarmnode.wire import CHUNK_BYTES
 
 HASH = "ab" * 32
@@ -244,6 +244,38 @@ def test_a_missing_chunk_leaves_neither_file_nor_half_a_file(tmp_path: Path) -> 
         write_safetensors(path, index.tensors, store.read)
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["state.safetensors"]
     assert path.read_bytes() == b"earlier"
+
+
+def test_two_may_write_the_same_file_at_once_and_no_half_of_it_is_seen(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "blobs")
+    index = publish(store)
+    path, once = tmp_path / "state.safetensors", tmp_path / "once.safetensors"
+    write_safetensors(once, index.tensors, store.read)
+
+    def read_while_another_writes(ref: BlobRef) -> bytes:
+        write_safetensors(path, index.tensors, store.read)
+        assert path.read_bytes() == once.read_bytes()
+        return store.read(ref)
+
+    write_safetensors(path, index.tensors, read_while_another_writes)
+    assert path.read_bytes() == once.read_bytes()
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {path.name, once.name}
+
+
+def test_a_checkable_file_says_when_it_is_damaged_and_lies_as_any_other(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "blobs")
+    index = publish(store)
+    path, plain = tmp_path / "state.safetensors", tmp_path / "plain.safetensors"
+    write_safetensors(path, index.tensors, store.read, is_checkable=True)
+    write_safetensors(plain, index.tensors, store.read)
+    check_data(path)
+    assert list(read_header(path)) == list(read_header(plain)) == [t.name for t in index.tensors]
+    data, num_bytes = path.read_bytes(), sum(tensor.num_bytes for tensor in index.tensors)
+    assert data.endswith(plain.read_bytes()[-num_bytes:])
+    for at in (len(data) - num_bytes, len(data) - 1):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(DataError, match="is damaged"):
+            check_data(path)
 
 
 def test_a_file_that_became_shorter_is_noticed(tmp_path: Path) -> None:

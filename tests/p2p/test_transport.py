@@ -83,6 +83,21 @@ async def test_a_sender_stops_when_nobody_reads(enter_world: EnterWorld) -> None
             sender.cancel()
 
 
+async def test_what_has_left_of_a_message_that_is_under_way_is_known() -> None:
+    async with libp2p_world() as world:
+        ours, theirs = await world.pair()
+        message = bytes(framing.WINDOW_BYTES + 8 * MEBIBYTE)
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            sender = group.create_task(ours.send(message))
+            await asyncio.sleep(0)
+            while ours.sent_bytes <= MEBIBYTE:  # told by another thread
+                await asyncio.wait([sender], timeout=0.01)
+            assert not sender.done()
+            assert ours.sent_bytes < len(message)
+            assert len(await theirs.receive()) == len(message)
+        assert ours.sent_bytes >= len(message)
+
+
 async def pause_and_go_on(world: World, pause_s: float) -> None:
     sent: list[bytes] = []
     ours, theirs = await world.pair()

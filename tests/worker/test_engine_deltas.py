@@ -1,7 +1,6 @@
 """AQ-SGD in training: both ends of a boundary hold the same bits, for as long as a generation."""
 
 import contextlib
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,6 @@ def test_a_cache_on_disk_is_a_file_in_the_jobs_folder_and_changes_no_bit(blobs: 
         assert sizes == {peer: [room] * rooms.get(peer, 0) for peer in "abcdef"}
         assert all(not list((swarm.home / peer).glob("#*")) for peer in "abcdef"), "no name"
         swarm.configure(6, "keep")
-        gc.collect()
         assert sizes == {peer: mapped_sizes(swarm.home / peer) for peer in "abcdef"}, "none is left"
     steps, same = found.values()
     assert [(s.losses, s.hashes) for s in steps] == [(s.losses, s.hashes) for s in same]

@@ -1,5 +1,7 @@
 """Generations, exports, evaluation and hostile frames: what must not change a single bit."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +67,26 @@ def test_a_generation_change_within_a_step_leaves_no_trace(
     assert results(steps) == undisturbed
     assert swarm.dropped() == ({"generation": len(late)} if late else {})
     assert late or num_units not in (1, 3), "the step was cut in the middle"
+
+
+def test_what_a_step_had_under_way_is_freed_when_the_generation_ends(
+    manifest: Manifest, blobs: Path
+) -> None:
+    """Gradients, graphs and caches refer to each other, and a child collects no rubbish for
+    hundreds of steps: they would be there twice just when others are lost."""
+    swarm = Swarm(manifest, PLACEMENTS["one"], blobs)
+    swarm.configure()
+    swarm.begin(0)
+    swarm.pump(max_units=5)
+    (engine,) = swarm.engines.values()
+    setup = weakref.ref(engine._setup)
+    swarm.received.clear()
+    gc.disable()
+    try:
+        swarm.configure(0, "keep")
+        assert setup() is None
+    finally:
+        gc.enable()
 
 
 def test_slots_of_a_stage_may_change_hosts_that_hold_it(

@@ -1,10 +1,13 @@
 """States and updates from other workers, by content; and what a keeper keeps of them."""
 
 import asyncio
+import gc
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +132,10 @@ async def test_a_published_state_is_fetched_without_what_other_stages_need(tmp_p
         keeper = w.make_keeper(ME)
         keeper.load()
         assert keeper.holding(1).snapshots == (6,)
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        keeper.load()
+        assert keeper.holding(1).snapshots == (), "what was damaged since goes at the next start"
 
 
 async def test_a_checkpoint_that_is_stored_while_the_same_is_fetched_stays(
@@ -153,6 +160,58 @@ async def test_a_checkpoint_that_is_stored_while_the_same_is_fetched_stays(
             await w.fetcher.state(ref, [HOLDER], 1, path)
             assert stored
             assert all(map(w.store.has, stored))
+
+
+# ---- who is cancelled ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["write_safetensors", "_log"])
+async def test_who_is_cancelled_ends_when_nothing_is_written_any_more(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as w:
+        has_begun, may_go_on, reads = threading.Event(), threading.Event(), list[BlobRef]()
+        real, noise = getattr(fetching, what), list[Any]()
+        asyncio.get_running_loop().set_exception_handler(lambda _, said: noise.append(said))
+
+        def write(*args: Any, **options: Any) -> None:
+            has_begun.set()
+            may_go_on.wait()
+            real(*args, **options)
+
+        source = state_path(w.keeper.directory, 0, 6, "snapshot")
+        source.parent.mkdir(parents=True)
+        save_tensors(source, {"model.layers.2.w": torch.ones(5)})
+        path = state_path(tmp_path / "me" / "job", 1, 6, "fetched")
+        log, update = UpdateLog(path.parent), Update(4, 1.0, w.say(4, BIG), False)
+
+        async def fetch() -> None:
+            if what == "_log":
+                await w.fetcher.updates([update], [HOLDER], log)
+            else:
+                await w.fetcher.state(w.keeper.publish(source, 6), [HOLDER], 1, path)
+
+        monkeypatch.setattr(fetching, what, write)
+        task = asyncio.ensure_future(fetch())
+        await asyncio.to_thread(has_begun.wait)
+        monkeypatch.setattr(w.store, "read", reads.append)
+        for _ in range(2):  # whoever is in a hurry cancels twice
+            task.cancel()
+            await asyncio.wait([task], timeout=0.01)
+        was_done = task.done()
+        may_go_on.set()
+        await asyncio.wait([task])
+        assert not was_done, "the thread might still write"
+        assert task.cancelled()
+        assert reads == [], "it stops before its next chunk"
+        assert not [p for p in path.parent.rglob("*") if p.is_file()]
+        monkeypatch.undo()
+        await fetch()
+        assert log.inventory() == ({4: update.ref} if what == "_log" else {})
+        assert path.exists() == (what != "_log")
+        del task
+        gc.collect(1)
+        assert noise == []
 
 
 # ---- what is kept ------------------------------------------------------------------------------

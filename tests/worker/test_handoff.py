@@ -139,10 +139,21 @@ def test_any_plan_is_gapless_committed_and_of_one_history(
     assert found.step not in found.stale_snapshots or found.how != "load"
 
 
+def test_what_the_own_log_disproves_is_said_so_before_the_log_is_overwritten() -> None:
+    """States 6 and 12, and a log that has gone another way from step 8 on."""
+    entries = {**log(6, 8), **{step: ref(step, "b") for step in range(8, 13)}}
+    holding = Holding(12, (6, 12), entries)
+    found = plan(14, KEEP, holding, commits(6, 14))
+    assert (found.how, found.step, found.disproved_after) == ("load", 6, 8)
+    assert plan(14, KEEP, Holding(12, (6, 12), log(6, 13)), commits(6, 14)).disproved_after is None
+
+
 def test_what_is_held_is_told() -> None:
-    assert held(1, (2, 4), Holding(7, (5,), log(5, 8))) == Held(1, 2, 4, 7, 5, 8)
-    assert held(1, (2, 4), Holding(None, (2, 5), log(4, 8))) == Held(1, 2, 4, 5, 4, 8)
-    assert held(1, (2, 4), Holding(None, (), log(0, 3))) == Held(1, 2, 4, 0, 0, 3)
+    told = held(1, (2, 4), Holding(7, (5,), log(5, 8)))
+    assert told == Held(1, 2, 4, 7, 5, 8, first=ref(5), last=ref(6))
+    told = held(1, (2, 4), Holding(None, (2, 5), log(4, 8)))
+    assert told == Held(1, 2, 4, 5, 4, 8, first=ref(4), last=ref(4))
+    assert held(1, (2, 4), Holding(None, (), log(0, 3))) == Held(1, 2, 4, 0, 0, 3, first=ref(0))
     assert held(1, (2, 4), Holding(6)) == Held(1, 2, 4, 6, 6, 6)
     assert held(1, (2, 4), Holding(None, (), log(3, 5))) is None
     assert held(1, (2, 4), Holding(None, (), log(0, 5), starts_itself=False)) is None

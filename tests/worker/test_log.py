@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,8 @@ def test_a_damaged_entry_is_discarded_and_removed(name: str, tmp_path: Path) -> 
 
 def test_what_lies_before_a_gap_is_removed_with_what_was_half_written(tmp_path: Path) -> None:
     log = filled(tmp_path, 1, 2, 4, 5)
-    (tmp_path / "6.update.partial").write_bytes(b"half")
+    for name in ("6.update.partial", "6.update.0a1b2c3d.partial", "0.ready.0a1b2c3d.partial"):
+        (tmp_path / name).write_bytes(b"half")
     (tmp_path / "3.safetensors").write_bytes(b"not ours")
     assert list(log.inventory()) == [4, 5]
     assert names(tmp_path) == {"4.update", "4.index", "5.update", "5.index", "3.safetensors"}
@@ -154,18 +156,49 @@ def test_what_slots_said_last_outlives_the_process_unless_it_is_damaged(tmp_path
     assert list(log.inventory()) == [1], "the log itself does not mind"
     log.forget_readies()
     assert log.readies() == []
-    (tmp_path / "0.ready.partial").mkdir()  # as an error of the disk
+    (tmp_path / "0.ready").mkdir()  # as an error of the disk
     with pytest.raises(DataError, match="free some space"):
         log.write_ready(0, b"lost")
 
 
 def test_a_full_disk_leaves_no_entry(tmp_path: Path) -> None:
     log = filled(tmp_path, 1)
-    (tmp_path / "2.update.partial").mkdir()  # as an error of the disk
+    (tmp_path / "2.update").mkdir()  # as an error of the disk
     with pytest.raises(DataError, match="cannot log step 2"):
         log.write(2, [b"x"])
-    (tmp_path / "2.update.partial").rmdir()
+    (tmp_path / "2.update").rmdir()
     assert list(log.inventory()) == [1]
+    assert names(tmp_path) == {"1.update", "1.index"}
+
+
+class _Meanwhile(list[bytes]):
+    """Payloads between which something else happens while they are written."""
+
+    def __init__(self, payloads: list[bytes], happens: Callable[[], object]) -> None:
+        super().__init__(payloads)
+        self._happens = happens
+        self._num_passes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._num_passes += 1
+        for payload in list(super().__iter__()):
+            yield payload
+            if self._num_passes == 2:  # the first pass is for the hash
+                self._happens()
+
+
+def test_two_may_log_the_same_step_at_once_and_no_half_of_it_is_seen(tmp_path: Path) -> None:
+    """The process that computes writes a step while it is fetched here."""
+    log, payloads, seen = filled(tmp_path), [content(1), content(2)], []
+
+    def another_writes_it() -> None:
+        filled(tmp_path).write(1, payloads)
+        seen.append((tmp_path / "1.update").read_bytes())
+
+    ref = log.write(1, _Meanwhile(payloads, another_writes_it))
+    assert seen == [content(1) + content(2)] * 2
+    assert log.inventory() == {1: ref}
+    assert names(tmp_path) == {"1.update", "1.index"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from swarmnode.manifest import CodecConfig
 from swarmnode.messages import Failed, Traffic
 from swarmnode.wire import pack
 from swarmnode.worker import fetching
-from swarmnode.worker.child_host import REPORT_S
+from swarmnode.worker.reports import REPORT_S
 from swarmnode.worker.training.meter import MEASURE_EVERY, CodingMeter
 
 ONE = Coding("gradient", "int8", 400, 100, 0.5, 4.0, 0.04)

@@ -38,7 +38,6 @@ from swarmnode.messages import (
     Committed,
     Entry,
     Failed,
-    Held,
     Message,
     Placed,
     Ready,
@@ -282,7 +281,7 @@ async def test_a_second_coordinator_takes_over_the_same_child_and_the_first_is_f
         stream = await ask(n, STRANGER, inquire(2, 1, job), job)
         found = await answered(stream)
         assert found.granted
-        assert found.held == (Held(0, 0, 4, 1, 0, 2),)
+        assert [each[:6] for each in found.held] == [(0, 0, 4, 1, 0, 2)]
         assert found.ready == (said,), "the step at hand need not be computed again"
         assert found.vote == f"2{STRANGER.peer}".encode()[:64]
         commits = [*first.commits, Committed(1, 1.0, (said.update,))]
@@ -315,7 +314,7 @@ async def test_a_daemon_that_was_restarted_goes_on_from_its_disk(
     async with lone_node(blobs) as n:  # no snapshot yet: its own start and the log
         stream = await ask(n, SUBMITTER, inquire(2, 1, job), job)
         found = await answered(stream)
-        assert found.held == (Held(0, 0, 4, 0, 0, 3),)
+        assert [each[:6] for each in found.held] == [(0, 0, 4, 0, 0, 3)]
         assert found.ready == (said,), "it may have been committed elsewhere"
         assert n.service.hosts()[0].child_pid is None, "asking starts nothing"
         second = Coordinator(stream, job, 2, first.commits)
@@ -340,7 +339,7 @@ async def test_a_daemon_that_was_restarted_goes_on_from_its_disk(
     state_path(folder, 0, 3, "snapshot").rename(state_path(folder, 0, 3, "fetched"))
     async with lone_node(blobs) as n:
         stream = await ask(n, SUBMITTER, inquire(3, 2, job), job)
-        assert (await answered(stream)).held == (Held(0, 0, 4, 3, 0, 4),)
+        assert [each[:6] for each in (await answered(stream)).held] == [(0, 0, 4, 3, 0, 4)]
         assert not state_path(folder, 0, 4, "export").exists()
         assert not list(folder.rglob("*.partial"))
         third = Coordinator(stream, job, 3, second.commits)
@@ -375,7 +374,7 @@ async def test_a_child_that_was_killed_is_replaced_from_the_disk(
         assert marker.exists()
         await first.tell(inquire(2, 1, job))
         found = await first.receive(Answer)
-        assert found.held == (Held(0, 0, 4, 0, 0, 2),)
+        assert [each[:6] for each in found.held] == [(0, 0, 4, 0, 0, 2)]
         first.generation = 2
         await first.assign(SUBMITTER, 2, StateSource("keep"))
         await first.commit(await first.prepare(2))

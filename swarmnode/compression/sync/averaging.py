@@ -183,9 +183,12 @@ class Averager:
     def receive(self, messages: Mapping[int, Payload]) -> dict[Part, Tensor]:
         """The mean of this fragment, by part: from the owners' replies, or from all pushes.
 
-        Raises: CodecError if a message is not what its slot must have sent, or is missing.
+        Of pushes, those that are given take part: all slots must be given the same.
+        Raises: CodecError if a message is not what its slot must have sent, or a reply is missing.
         """
         assert self._open is not None
+        if not self.parts:  # fewer pieces than fragments: this one is empty
+            return {}
         if self.sync.topology != "owners":
             mean, result, start = self._mean(messages, self.parts), {}, 0
             for part in self.parts:

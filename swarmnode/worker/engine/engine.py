@@ -1,6 +1,7 @@
 """The worker child's logic: what each message from the daemon means, and what to compute next."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ from swarmnode.engine_messages import (
     Exported,
     LivenessCheck,
 )
-from swarmnode.errors import ManifestError, ShareError
+from swarmnode.errors import ManifestError, NotFiniteError, SlotError
 from swarmnode.manifest import Manifest, check
 from swarmnode.messages import (
     Begin,
@@ -284,8 +285,13 @@ class Engine:
             traceback.print_exception(error)  # to the child's log; the daemon gets one line
         self._forget()
         assert self._job is not None
-        blames = SlotId(error.stage, error.slot) if isinstance(error, ShareError) else None
-        self._send(Failed(self._job, self._generation, _one_line(error), blames=blames), b"")
+        blames, is_diverged = None, isinstance(error, NotFiniteError)
+        if isinstance(error, SlotError):
+            blames, is_diverged = SlotId(error.stage, error.slot), not error.is_finite
+        failed = Failed(
+            self._job, self._generation, _one_line(error), blames=blames, is_diverged=is_diverged
+        )
+        self._send(failed, b"")
 
     def _forget(self) -> None:
         """Abandon the generation: the unfinished step, gradients, conversations."""
@@ -293,6 +299,7 @@ class Engine:
         for state in self._held.values():
             for parameter in state.module.parameters():
                 parameter.grad = None
+        gc.collect()  # what a step has under way refers to itself: its gradients, graphs, caches
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from swarmnode.compression.codec import Codec, Payload
 from swarmnode.domain import SlotId
+from swarmnode.errors import FrameError
 from swarmnode.fields import FrameKind
 from swarmnode.messages import Frame
 from swarmnode.worker.engine.boundaries import BoundaryRole
 from swarmnode.worker.engine.ports import Post
 from swarmnode.worker.engine.setup import Setup
 from swarmnode.worker.models import StageModule
+from swarmnode.worker.training.blame import blaming
 from swarmnode.worker.training.expected import Boundary
 from swarmnode.worker.training.schedule import Direction, SlotSchedule, Work
 from swarmnode.worker.training.slots import microbatches_of
@@ -199,6 +201,15 @@ class Pipeline:
         return torch.from_numpy(rows).to(self._setup.device)
 
     def _decode(self, kind: Boundary, target: SlotId, payload: Payload) -> Tensor:
+        step_back = -1 if kind == "activation" else 1
+        source = SlotId(target.stage + step_back, target.slot)
+        with blaming(source):
+            values_BSD = self._decoded(kind, source, target, payload)
+        if not values_BSD.isfinite().all():
+            raise FrameError(source.stage, source.slot, "a value is not finite", is_finite=False)
+        return values_BSD
+
+    def _decoded(self, kind: Boundary, source: SlotId, target: SlotId, payload: Payload) -> Tensor:
         setup = self._setup
         if self._travels_as_change(kind):
             deltas = setup.deltas
@@ -206,8 +217,6 @@ class Pipeline:
             return setup.meter.decode_rows(
                 kind, deltas.codecs(payload), lambda: deltas.decode(target, payload, setup.device)
             )
-        step_back = -1 if kind == "activation" else 1
-        source = SlotId(target.stage + step_back, target.slot)
         codec, shape = self._codec(kind, source, target), setup.expected.hidden_shape
         return setup.meter.decode(
             kind, codec.spec, lambda: codec.decode(payload, shape, device=setup.device)

@@ -72,7 +72,7 @@ class Reduction:
     def take(self, frame: Frame, payload: Payload) -> None:
         """Take a share of an owned shard, or a reduced shard.
 
-        Raises: CodecError if it does not decode, ShareError for a share that is implausible.
+        Raises: FrameError if it does not decode, ShareError for a share that is implausible.
         """
         meter, group, part = self._setup.meter, self._groups[frame.group], frame.part
         name = self._name(self._codecs.of(group, part))

@@ -6,6 +6,7 @@ The index is named last, so an index with a fitting update beside it is a whole 
 """
 
 import os
+import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ class UpdateLog:
         kept = newest_run(whole)
         self.delete(step for step in self._steps() if step not in kept)
         for path in self.directory.glob("*.partial"):
-            if path.name.removesuffix(".partial").endswith((*_SUFFIXES, _READY)):
+            if {*_SUFFIXES, _READY} & set(path.suffixes):
                 path.unlink(missing_ok=True)
         return {step: whole[step] for step in kept}
 
@@ -141,7 +142,7 @@ class UpdateLog:
             return index_update(step, iter(lambda: file.read(_READ_BYTES), b""))
 
     def _put(self, path: Path, payloads: Sequence[Payload]) -> None:
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         try:
             with partial.open("wb") as file:
                 for payload in payloads:

@@ -16,6 +16,7 @@ from swarmnode.codec_specs import CodecSpec, for_size
 from swarmnode.compression.codec import Codec, Payload, codec_of
 from swarmnode.domain import SlotId
 from swarmnode.errors import ShareError
+from swarmnode.worker.training.blame import blaming
 from swarmnode.worker.training.groups import Group, Parameter
 
 MAX_NORM_RATIO = 1000.0
@@ -76,7 +77,7 @@ class ShardSum:
     def add(self, source: SlotId, payload: Payload) -> Tensor | None:
         """Take the share of `source`; return the sum once all members are in it.
 
-        Raises: CodecError if a share does not decode, ShareError for an implausible one.
+        Raises: FrameError if a share does not decode, ShareError for an implausible one.
         """
         self._waiting[source] = payload
         while len(self._norms) < len(self._members):
@@ -84,7 +85,8 @@ class ShardSum:
             coded = self._waiting.pop(member, None)
             if coded is None:
                 return None
-            share = self._codec.decode(coded, self._sum.shape, device=self._device)
+            with blaming(member):
+                share = self._codec.decode(coded, self._sum.shape, device=self._device)
             self._norms[member] = float(torch.linalg.vector_norm(share, dtype=torch.float64))
             self._sum += share
         check_norms(self._norms)
@@ -104,7 +106,7 @@ def check_norms(norms: Mapping[SlotId, float]) -> None:
         return
     for slot, norm in norms.items():
         if not math.isfinite(norm):
-            raise ShareError(slot.stage, slot.slot, "is not finite")
+            raise ShareError(slot.stage, slot.slot, "is not finite", is_finite=False)
         others = [
             other
             for at, other in norms.items()
@@ -132,7 +134,7 @@ class ReducedGradient:
         """Of a gathered group: by where a piece starts, the norm of each slot's part of it."""
 
     def take(self, part: int, payload: Payload) -> None:
-        """Decode shard `part` in its place. Raises: CodecError if it does not decode."""
+        """Decode shard `part` in its place. Raises: FrameError if it does not decode."""
         if not self._group.is_gathered:
             self._put(part, payload)
             return
@@ -144,11 +146,12 @@ class ReducedGradient:
         group, codec = self._group, self._codecs.of(self._group, part)
         owner, (start, stop) = group.owner(part), group.shard(part)
         values = place = self._flat[start:stop]
-        if group.is_gathered and owner != group.members[0]:
-            values = codec.decode(payload, place.shape, device=place.device)
-            place += values
-        else:
-            codec.decode_into(payload, place)
+        with blaming(owner):
+            if group.is_gathered and owner != group.members[0]:
+                values = codec.decode(payload, place.shape, device=place.device)
+                place += values
+            else:
+                codec.decode_into(payload, place)
         if group.is_gathered:
             norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
             self.norms.setdefault(start, {})[owner] = norm

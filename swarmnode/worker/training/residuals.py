@@ -119,14 +119,18 @@ class Residuals:
         self._drop_all_but(step - 1)
 
     def _end(self, is_committed: Callable[[Sent], bool]) -> None:
-        for key, (pending, payload, codec) in self._open.items():
+        while self._open:  # what cannot be decoded now, for want of memory, is behind no step
+            key, (pending, payload, codec) = self._open.popitem()
             feedback = self._by_tensor[key]
-            if is_committed(key):
-                sent = codec.decode(payload, pending.tensor.shape, device=pending.tensor.device)
-                feedback.commit(pending, sent)
-            else:
+            try:
+                if is_committed(key):
+                    sent = codec.decode(payload, pending.tensor.shape, device=pending.tensor.device)
+                    feedback.commit(pending, sent)
+                    continue
+            except BaseException:
                 feedback.rollback(pending)
-        self._open.clear()
+                raise
+            feedback.rollback(pending)
         self._logged.clear()
 
     def _drop_all_but(self, step: int) -> None:

@@ -1,0 +1,16 @@
+"""Whose fault it is that bytes cannot be used: the line is authenticated, so it is the sender's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from swarmnode.domain import SlotId
+from swarmnode.errors import CodecError, FrameError
+
+
+@contextmanager
+def blaming(source: SlotId) -> Iterator[None]:
+    """What does not decode in the block came from `source`. Raises: FrameError for CodecError."""
+    try:
+        yield
+    except CodecError as error:
+        raise FrameError(source.stage, source.slot, str(error)) from error
