@@ -48,7 +48,10 @@ class Disputes:
         self._said.clear()
 
     def settled(self) -> list[PeerId]:
-        """All holders have got the states that count; who was the odd one too often."""
+        """All holders have got the states that count; who was the odd one too often by now."""
         self._times.update(peer for peers in self._odd.values() for peer in peers)
         self._odd.clear()
-        return sorted(peer for peer, times in self._times.items() if times >= MAX_TIMES)
+        found = sorted(peer for peer, times in self._times.items() if times >= MAX_TIMES)
+        for peer in found:
+            del self._times[peer]
+        return found

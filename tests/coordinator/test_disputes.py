@@ -151,6 +151,16 @@ def test_the_odd_one_is_who_differs_from_most(told: str, odd: str) -> None:
     assert not disputes.odd
 
 
+def test_the_second_time_counts_and_then_it_is_forgotten() -> None:
+    disputes = Disputes()
+    told: list[list[PeerId]] = []
+    for _ in range(4):
+        said(disputes, [("a", "x"), ("b", "y")])
+        disputes.assigned()
+        told.append(disputes.settled())
+    assert told == [[], ["b"], [], ["b"]]
+
+
 # ---- values that are not finite ----------------------------------------------------------------
 
 
