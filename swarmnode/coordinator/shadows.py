@@ -23,7 +23,8 @@ def choose_shadows(
 ) -> tuple[tuple[PeerId, ...], ...]:
     """Who shadows each stage: nobody where two machines host it, or where nobody has room.
 
-    Who holds the stage already goes first, then who hosts least, then who has most memory.
+    First goes who has a device of the kind of a host's, as another kind may compute other bits;
+    then who holds the stage already, then who hosts least, then who has most memory.
     """
     hosts = [frozenset(row) for row in decision.slots]
     if not job.num_steps or all(len(row) >= NUM_HOLDERS for row in hosts):
@@ -40,6 +41,7 @@ def choose_shadows(
 
     found: list[tuple[PeerId, ...]] = []
     for stage, row in enumerate(hosts):
+        kinds = {advert.device.kind for advert in peers if advert.peer in row}
         chosen: list[PeerId] = []
         while len(row) + len(chosen) < NUM_HOLDERS:
             able = [
@@ -52,7 +54,8 @@ def choose_shadows(
             best = min(
                 able,
                 key=lambda a: (
-                    not holds(stage, a.peer), len(carried[a.peer]), -room(a, stage), a.peer,
+                    a.device.kind not in kinds, not holds(stage, a.peer),
+                    len(carried[a.peer]), -room(a, stage), a.peer,
                 ),
             )  # fmt: skip
             chosen.append(best.peer)

@@ -1,7 +1,11 @@
-"""Who votes about the next generation."""
+"""Who holds a stage besides its hosts, and who votes about the next generation."""
 
-from swarmnode.coordinator.shadows import MAX_VOTERS, MIN_VOTERS, choose_voters
+from dataclasses import replace
+
+from swarmnode.coordinator.shadows import MAX_VOTERS, MIN_VOTERS, choose_shadows, choose_voters
+from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.domain import PeerId
+from tests.coordinator.bench import FACTS, advert, manifest
 
 
 def voters(slots: list[str], granted: str, shadows: list[str] | None = None) -> str:
@@ -26,3 +30,22 @@ def test_idle_machines_vote_where_too_few_hold_anything() -> None:
 
 def test_who_did_not_agree_has_no_vote() -> None:
     assert voters(["bc"], "ac") == "ac"
+
+
+def test_a_second_holder_has_a_device_of_the_same_kind_where_there_is_one() -> None:
+    """Another kind may compute other bits, and be the odd one out for ever."""
+    kinds = {"a": "cuda", "b": "cpu", "c": "cuda", "d": "cpu"}
+    adverts = [advert(name, memory=(9 - n) << 30) for n, name in enumerate(kinds)]
+    peers = [replace(each, device=replace(each.device, kind=kinds[each.peer])) for each in adverts]
+    job = manifest(stages=1, slots=1)
+
+    def second(host: str, *, holder: str = "") -> str:
+        decision = Decision(((0, 6),), ((PeerId(host),),), 1.0, 0.5, (), ())
+        able = [each for each in peers if each.peer != "d" or host == "d"]
+        shadows = choose_shadows(decision, able, FACTS, job, lambda _, peer: peer == holder)
+        return "".join(shadows[0])
+
+    assert second("a") == "c"
+    assert second("a", holder="b") == "c", "also where another one has the state at hand"
+    assert second("b") == "a", "there is no other one of its kind"
+    assert second("d") == "b"
