@@ -13,7 +13,7 @@ from engine_swarm import PLACEMENTS, TIED, Step, Swarm, make_manifest
 
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, SlotId
 from swarmnode.engine_messages import Base, Configured, Export, Exported
-from swarmnode.manifest import Manifest
+from swarmnode.manifest import CodecConfig, Manifest
 from swarmnode.messages import (
     Applied,
     Commit,
@@ -69,15 +69,18 @@ def test_a_generation_change_within_a_step_leaves_no_trace(
     assert late or num_units not in (1, 3), "the step was cut in the middle"
 
 
+@pytest.mark.parametrize("num_units", [1, 5, 12, 40])
+@pytest.mark.parametrize("activation", ["none", "aq/int8"])
 def test_what_a_step_had_under_way_is_freed_when_the_generation_ends(
-    manifest: Manifest, blobs: Path
+    blobs: Path, activation: str, num_units: int
 ) -> None:
     """Gradients, graphs and caches refer to each other, and a child collects no rubbish for
     hundreds of steps: they would be there twice just when others are lost."""
-    swarm = Swarm(manifest, PLACEMENTS["one"], blobs)
+    codecs = CodecConfig(activation=activation, activation_gradient="int8")
+    swarm = Swarm(make_manifest(blobs, codecs=codecs), PLACEMENTS["one"], blobs)
     swarm.configure()
     swarm.begin(0)
-    swarm.pump(max_units=5)
+    swarm.pump(max_units=num_units)
     (engine,) = swarm.engines.values()
     setup = weakref.ref(engine._setup)
     swarm.received.clear()

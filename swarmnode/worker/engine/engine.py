@@ -1,7 +1,6 @@
 """The worker child's logic: what each message from the daemon means, and what to compute next."""
 
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -283,6 +282,7 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         with contextlib.suppress(OSError):  # the log may be on the disk that is full
             traceback.print_exception(error)  # to the child's log; the daemon gets one line
+        traceback.clear_frames(error.__traceback__)  # they hold what is to be freed
         self._forget()
         assert self._job is not None
         blames, is_diverged = None, isinstance(error, NotFiniteError)
@@ -295,11 +295,12 @@ class Engine:
 
     def _forget(self) -> None:
         """Abandon the generation: the unfinished step, gradients, conversations."""
+        if self._steps is not None:
+            self._steps.close()
         self._setup = self._steps = self._conversations = None
         for state in self._held.values():
             for parameter in state.module.parameters():
                 parameter.grad = None
-        gc.collect()  # what a step has under way refers to itself: its gradients, graphs, caches
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -64,6 +64,11 @@ class Steps:
         self._on_snapshot = on_snapshot
         self._runs: dict[tuple[int, bool], _Run] = {}
 
+    def close(self) -> None:
+        """Nothing follows: let go of what is under way, gradients, graphs and caches. It refers to
+        this too, and nobody collects such circles for hundreds of steps."""
+        self._runs.clear()
+
     def begin(self, begin: Begin) -> None:
         """Start a step or an evaluation, with the frames that came early."""
         if begin.step != self._step:
