@@ -117,17 +117,19 @@ class LocalNode:
             time.sleep(_LOOK_S)
         self.forget()
 
-    def child(self, part: Part) -> psutil.Process | None:
-        """The process that computes for a job, or the directory; None if there is none."""
+    def child(self, part: Part, job: str = "") -> psutil.Process | None:
+        """The process that computes for a job, for `job` if it is named, or the directory; None if
+        there is none."""
         with contextlib.suppress(SwarmError, psutil.Error):
             for role, pid in self.client.node().pids.items():
-                if role.partition(":")[0] == part:
+                kind, _, whose = role.partition(":")
+                if kind == part and job in ("", whose):
                     return psutil.Process(pid)
         return None
 
-    def kill_child(self, part: Part) -> bool:
+    def kill_child(self, part: Part, job: str = "") -> bool:
         """SIGKILL one child process; False if there is none."""
-        process = self.child(part)
+        process = self.child(part, job)
         if process is not None:
             with contextlib.suppress(psutil.Error):
                 process.kill()

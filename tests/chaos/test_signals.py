@@ -19,7 +19,7 @@ def test_worker_processes_are_killed(trial: Trial, undisturbed: Outcome) -> None
     assert first.kill_child("directory")
     view = job.reaches(before.step + 3)
     assert view.generation == before.generation
-    assert first.kill_child("worker")
+    assert first.kill_child("worker", view.job)
     view = job.goes_on(view)
     assert view.phase == "training", "the machine was too fast for the test"
     second.kill()
@@ -111,7 +111,7 @@ def test_a_child_that_hangs_is_replaced_by_its_daemon(trial: Trial, undisturbed:
         trial.heal()
         job = trial.submit("hangs")
         before = job.reaches(4)
-        hung = victim.child("worker")
+        hung = victim.child("worker", before.job)
         assert hung is not None
         hung.suspend()
         view = job.goes_on(before)
