@@ -69,7 +69,7 @@ class ChildHost:
     ) -> None:
         self.plan: Plan | None = None
         """The plan that is carried out now."""
-        self.reports = Reports(manifest.job, tools, post)
+        self.reports = Reports(manifest.job, tools, post, lambda: self.plan)
         self._job = manifest.job
         self._manifest = manifest
         self._canonical = canonical
@@ -108,7 +108,7 @@ class ChildHost:
         self._group = group
         self._give_up(self._assigning)
         self._give_up(self._preparing)
-        self.plan = self.reports.plan = assign.plan
+        self.plan = assign.plan
         self._tools.switch.join(
             self._job, assign.plan, to_worker=self._on_tensor, on_broken=self._on_broken
         )

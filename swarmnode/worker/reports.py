@@ -18,13 +18,19 @@ MOVES_S = 30.0
 class Reports:
     """The counters of one job on one node; what is to be told goes to `post`."""
 
-    def __init__(self, job: JobId, tools: HostTools, post: Callable[[Message], None]) -> None:
-        self.plan: Plan | None = None
-        """The plan that is carried out now."""
+    def __init__(
+        self,
+        job: JobId,
+        tools: HostTools,
+        post: Callable[[Message], None],
+        plan: Callable[[], Plan | None],
+    ) -> None:
+        """`plan` gives the one that is carried out now."""
         self.control_bytes = 0
         self._job = job
         self._tools = tools
         self._post = post
+        self._plan = plan
         self._compute_s = 0.0
         self._codings: tuple[Coding, ...] = ()
         self._num_fetched = 0
@@ -68,7 +74,7 @@ class Reports:
 
     def _links(self) -> tuple[LinkReport, ...]:
         """Our paths to the other peers of the plan, as far as they were measured."""
-        if self.plan is None:
+        if (plan := self._plan()) is None:
             return ()
-        reports = [link for link in self._tools.links() if self.plan.names(link.peer)]
+        reports = [link for link in self._tools.links() if plan.names(link.peer)]
         return tuple(reports[:MAX_LINK_REPORTS])

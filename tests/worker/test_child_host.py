@@ -113,7 +113,7 @@ async def test_who_fetches_for_long_says_that_it_goes_on(
     monkeypatch.setattr(reports, "MOVES_S", 0.0)
     async with node(tmp_path) as n:
         said = list[Message]()
-        made = Reports(GOOD.job, n.tools, said.append)
+        made = Reports(GOOD.job, n.tools, said.append, lambda: None)
         made.look(1.0)
         assert said == []
         made.fetched(2.0)

@@ -122,15 +122,15 @@ class Residuals:
         while self._open:  # what cannot be decoded now, for want of memory, is behind no step
             key, (pending, payload, codec) = self._open.popitem()
             feedback = self._by_tensor[key]
+            is_owed = False
             try:
                 if is_committed(key):
                     sent = codec.decode(payload, pending.tensor.shape, device=pending.tensor.device)
                     feedback.commit(pending, sent)
-                    continue
-            except BaseException:
-                feedback.rollback(pending)
-                raise
-            feedback.rollback(pending)
+                    is_owed = True
+            finally:
+                if not is_owed:
+                    feedback.rollback(pending)
         self._logged.clear()
 
     def _drop_all_but(self, step: int) -> None:
