@@ -27,13 +27,13 @@ class Progress:
         self.killed: list[PeerId] = []
         self.recoveries = 0
         self.recovery_s: float | None = None
-        self._trains = manifest.num_steps > 0
         self._start_step = manifest.start_step
         self._last_commit_s: float | None = None
         self._lost_s: float | None = None
         self._sent: dict[PeerId, dict[SentKind, int]] = {}
         self._codings: dict[PeerId, tuple[Coding, ...]] = {}
         self._sent_before: dict[SentKind, int] = {}
+        self._codings_before: tuple[Coding, ...] = ()
 
     def committed(self, step: int, loss: float, now_s: float | None) -> None:
         """Step `step` is durable; `now_s` is None when it is read from a journal."""
@@ -63,8 +63,9 @@ class Progress:
         self.validation = [at for at in self.validation if at[0] < step]
         self.validation.append((step, loss))
 
-    def needs_final_evaluation(self, step: int) -> bool:
-        return self._trains and (not self.validation or self.validation[-1][0] != step)
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the newest evaluation is of the state after `step` committed steps."""
+        return bool(self.validation) and self.validation[-1][0] == step
 
     def lost(self, peer: PeerId, now_s: float) -> None:
         self.killed.append(peer)
@@ -73,6 +74,7 @@ class Progress:
             self._lost_s = now_s
         for kind, count in self._sent.pop(peer, {}).items():
             self._sent_before[kind] = self._sent_before.get(kind, 0) + count
+        self._codings_before = total((*self._codings_before, *self._codings.pop(peer, ())))
 
     def traffic(self, peer: PeerId, traffic: Traffic) -> None:
         """A worker's counters since it took part; they only grow."""
@@ -92,16 +94,17 @@ class Progress:
 
     @property
     def bytes_by_kind(self) -> dict[SentKind, int]:
-        total = dict(self._sent_before)
+        sums = dict(self._sent_before)
         for counts in self._sent.values():
             for kind, count in counts.items():
-                total[kind] = total.get(kind, 0) + count
-        return dict(sorted(total.items()))
+                sums[kind] = sums.get(kind, 0) + count
+        return dict(sorted(sums.items()))
 
     @property
     def codings(self) -> tuple[Coding, ...]:
         """By kind and codec, of everybody who ever took part."""
-        return total(each for codings in self._codings.values() for each in codings)
+        present = (each for codings in self._codings.values() for each in codings)
+        return total((*self._codings_before, *present))
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -134,3 +134,7 @@ def test_a_job_shows_the_codings_of_all_its_workers() -> None:
         == "gradient in int8: 400 B, float32 / 4.0, 2.0 s, error 10.00%"
     )
     assert coding_lines(()) == "-"
+    progress.lost(STRANGER.peer, 1.0)
+    progress.traffic(STRANGER.peer, Traffic(GOOD.job, {}, 0.0, (), (ONE,)))
+    (found,) = progress.codings
+    assert found.raw_bytes == 5 * ONE.raw_bytes, "it counts from nothing since it came back"
