@@ -66,12 +66,12 @@ async def gather(
         await fetcher.sample_index(manifest.data)
     bases: list[Base] = []
     for stage, (taken, source) in handoffs.items():
+        if taken.to_fetch and taken.disproved_after is not None:
+            await asyncio.to_thread(keeper.disprove, stage, taken.disproved_after)
         if taken.how == "fetch":
             assert source.index is not None
             path = state_path(keeper.directory, stage, taken.step, "fetched")
             await fetcher.state(source.index, source.providers, stage, path)
-        if taken.to_fetch and taken.disproved_after is not None:
-            await asyncio.to_thread(keeper.disprove, stage, taken.disproved_after)
         if taken.to_fetch:
             await fetcher.updates(taken.to_fetch, source.providers, keeper.log(stage))
             for update in taken.to_fetch:

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
 from swarmnode.errors import ChunkError, DataError, ProtocolError, RefusedError
 from swarmnode.home import KEPT_S
+from swarmnode.manifest import Manifest
 from swarmnode.messages import (
+    Assign,
     Ready,
+    StateSource,
 )
 from swarmnode.p2p.blob_server import serve_blobs
 from swarmnode.p2p.blob_store import BlobStore
@@ -26,6 +30,7 @@ from swarmnode.p2p.states import TensorIndex
 from swarmnode.tensorfiles import read_header
 from swarmnode.updates import index_update
 from swarmnode.worker import fetching
+from swarmnode.worker.assigning import gather
 from swarmnode.worker.fetching import Fetcher
 from swarmnode.worker.files import state_path
 from swarmnode.worker.handoff import Handoff, Update
@@ -160,6 +165,32 @@ async def test_a_checkpoint_that_is_stored_while_the_same_is_fetched_stays(
             await w.fetcher.state(ref, [HOLDER], 1, path)
             assert stored
             assert all(map(w.store.has, stored))
+
+
+async def test_a_state_that_was_fetched_stays_although_the_own_log_disproves_what_lies_there(
+    tmp_path: Path,
+) -> None:
+    """Of another history are the own state 6 and update 4; state 6 of the right one is fetched."""
+    async with world(tmp_path) as w:
+        tensors = {"model.layers.2.w": torch.ones(5), "model.layers.3.w": torch.ones(5)}
+        source = state_path(w.keeper.directory, 1, 6, "snapshot")
+        source.parent.mkdir(parents=True)
+        save_tensors(source, tensors)
+        index, right = w.keeper.publish(source, 6), w.say(6, b"right")
+        keeper = w.make_keeper(ME)
+        old = state_path(keeper.directory, 1, 6, "snapshot")
+        old.parent.mkdir(parents=True)
+        save_tensors(old, {name: -values for name, values in tensors.items()})
+        update = Update(6, 1.0, right, False)
+        taken = Handoff("fetch", 6, (update,), (6,), (4,), disproved_after=4)
+        wanted = {1: (taken, StateSource("fetch", 6, index, (HOLDER,)))}
+        assign = Assign(JOB, PLAN, 7, (), b"")
+        job = Manifest.model_construct(data=None)
+        (base,) = await gather(assign, job, wanted, keeper, w.fetcher, ME)
+        assert (base.how, base.step) == ("load", 6)
+        assert read_header(Path(base.path)).keys() == tensors.keys()
+        assert load_file(base.path)["model.layers.2.w"].tolist() == [1.0] * 5
+        assert not old.exists()
 
 
 # ---- who is cancelled ---------------------------------------------------------------------------

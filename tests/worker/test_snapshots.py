@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from engine_swarm import LLAMA, Swarm, make_manifest
 
 from swarmnode.domain import Generation, PeerId
 from swarmnode.engine_messages import Base, Export, Exported, Replay
 from swarmnode.messages import Failed
 from swarmnode.p2p.blob_store import BlobStore
+from swarmnode.worker.engine import snapshots
 from swarmnode.worker.files import stage_directory, state_path
+from swarmnode.worker.models import save_tensors
 from swarmnode.worker.state_keeper import StateKeeper
 
 A = PeerId("a")
@@ -139,3 +142,30 @@ def test_of_those_who_wait_the_newest_counts_and_nothing_piles_up(slow: SlowDisk
     assert slow.swarm.take(Failed) == [], "training goes on all the same"
     assert not any(write.tensors for write in slow.snapshots._writes[0])
     assert not list(stage_directory(slow.swarm.home / "a", 0).glob("*.partial"))
+
+
+def test_a_state_of_a_history_that_was_given_up_is_not_taken_for_the_one_computed_again(
+    slow: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is being written, another waits, when the job goes back: files of the same names."""
+    began, may_end = threading.Event(), threading.Event()
+
+    def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        began.set()
+        assert may_end.wait(60)
+        save_tensors(path, tensors)
+
+    monkeypatch.setattr(snapshots, "save_tensors", save)
+    slow.goes_on()
+    slow.step(snapshot=True)
+    assert began.wait(60)
+    slow.swarm.configure()
+    slow.scales.clear()
+    slow.step()
+    path = slow.export(0)
+    may_end.set()
+    slow.goes_on()
+    files = [Path(said.path) for said in slow.swarm.take(Exported) if said.path]
+    assert files == [path], "only what was asked for since"
+    found = stage_directory(slow.swarm.home / "a", 0).parent.rglob("1.*")
+    assert list(found) == [path]

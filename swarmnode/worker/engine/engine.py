@@ -182,6 +182,7 @@ class Engine:
         set_determinism(configure.device, trains=manifest.kind == "train")
         kept = {base.stage for base in configure.bases if base.how == "keep"}
         self._held = {stage: self._held[stage] for stage in sorted(kept & set(self._held))}
+        self._snapshots.rewind(configure.step)
         self._held = make_stages(configure, manifest, self._held)
         self._directory = Path(configure.log_directory)
         if configure.trace_directory and self._trace is None:

@@ -28,6 +28,8 @@ class _Write:
     written: Future[None] = field(default_factory=Future)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """What is copied so far; nothing any more once it is written, or need not be."""
+    is_given_up: bool = False
+    """Whether its history was given up while it was written: the file goes again."""
 
 
 class Snapshots:
@@ -69,6 +71,16 @@ class Snapshots:
                 return True
         return False
 
+    def rewind(self, step: int) -> None:
+        """A generation begins after `step` committed steps: what is being written of more is of a
+        history that was given up, and must not be taken for what is computed again."""
+        for stage, writes in self._writes.items():
+            for write in writes:
+                if write.step > step:
+                    write.is_given_up = True
+                    write.written.cancel()
+            self._writes[stage] = [write for write in writes if write.step <= step]
+
     def close(self) -> None:
         """Finish what was started."""
         self._copier.shutdown()
@@ -94,6 +106,9 @@ class Snapshots:
         try:
             write.path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(write.path, write.tensors)
+            if write.is_given_up:
+                write.path.unlink()
+                raise CancelledError
         except BaseException as error:
             failure = error
         write.tensors.clear()
