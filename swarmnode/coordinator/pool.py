@@ -37,6 +37,8 @@ class Pool:
         self._barred: dict[PeerId, _Bar] = {}
         self._strikes: dict[PeerId, int] = {}
         self._failures: Counter[PeerId] = Counter()
+        self._excluded: dict[PeerId, int | None] = {}
+        """peer -> the incarnation that does no good here; None while it is not known."""
         self._leaving: dict[PeerId, int] = {}
         """peer -> the incarnation that said it will go."""
 
@@ -46,6 +48,8 @@ class Pool:
         for peer, bar in self._barred.items():
             if now_s < bar.until_s and peer in self._alive:
                 self._barred[peer] = bar._replace(advert_end_s=self._alive[peer].expires_at_s)
+        for peer in [peer for peer, life in self._excluded.items() if life is None]:
+            self.exclude(peer)
 
     def bar(self, peer: PeerId, now_s: float) -> None:
         """The peer is lost, or failed: no work for a while, and longer each time."""
@@ -69,8 +73,7 @@ class Pool:
     def exclude(self, peer: PeerId) -> None:
         """This life of the peer does no good here: no work until it has been started again."""
         advert = self._alive.get(peer)
-        life = advert.incarnation if advert is not None else -math.inf
-        self._barred[peer] = _Bar(math.inf, math.inf, life)
+        self._excluded[peer] = advert.incarnation if advert is not None else None
 
     def leave(self, peer: PeerId, incarnation: int) -> None:
         """This life of the peer will end: no work for it until it has been started again."""
@@ -110,6 +113,7 @@ class Pool:
             advert
             for peer, advert in sorted(self._alive.items())
             if not self.leaves(peer)
+            and self._excluded.get(peer) != advert.incarnation
             and (peer not in self._barred or self._barred[peer].allows(advert, now_s))
         )
 

@@ -69,3 +69,17 @@ def test_a_lost_peer_that_was_started_again_is_not_barred_but_the_second_time_in
     again = replace(third, incarnation=third.incarnation + 1)
     pool.see([again], late_s)
     assert pool.usable(late_s) == (again,)
+
+
+def test_who_does_no_good_here_stays_out_whatever_else_happens_to_it() -> None:
+    pool = Pool()
+    pool.exclude(A)  # the directory does not know it at this moment
+    pool.see([advert("a")], 0.0)
+    assert pool.usable(0.0) == ()
+    pool.bar(A, 1.0)
+    renewed = replace(advert("a"), expires_at_s=advert("a").expires_at_s + 1e6)
+    pool.see([renewed], 1e5)
+    assert pool.usable(1e5) == (), "a line that broke is no reason to try it again"
+    again = replace(renewed, incarnation=renewed.incarnation + 1)
+    pool.see([again], 1e5)
+    assert pool.usable(1e5) == (again,)
