@@ -48,7 +48,6 @@ class Generations(Moves):
         self._lacking_since_s = math.inf
         """Since when others refuse what they hold and we need."""
         self._num_outbid = 0
-        self._evaluation_due = False
         self._gone: set[PeerId] = set()
         """Peers that could not be reached when last we heard of them."""
 
@@ -300,9 +299,9 @@ class Generations(Moves):
     def _go_back(self, now_s: float) -> list[Effect]:
         """Some stage is nowhere to be found: all stages go back to the newest complete state."""
         self.go_back()
+        self._publications.rewind(self.step)
         self.reason = f"a stage is lost; back to step {self.step}"
         self._votes.clear()
-        self._evaluation_due = False
         forming = self._forming
         assert forming is not None
         forming.missing = ()
@@ -367,7 +366,6 @@ class Generations(Moves):
         self.record_commit(record, now_s)
         self._failures = 0
         self._broken_links.clear()
-        self._evaluation_due = self.is_evaluation_due(self.step)
 
     def _on_failed(
         self, peer: PeerId, reason: str, now_s: float, *, child_ended: bool = False

@@ -73,17 +73,24 @@ class JobState:
         return self.plan is not None and peer in self.plan.workers()
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """Whether the state after `step` committed steps is to be kept for good."""
+        """Whether the state after `step` committed steps is to be kept for good: at every so many
+        steps, and as soon as may be after one that came to nothing."""
         every = self.manifest.run.checkpoint_every
-        return bool(every and step % every == 0) or step >= self.manifest.num_steps
+        newest_due = step // every * every if every else 0
+        return newest_due > self._complete_step or step >= self.manifest.num_steps
 
     def is_snapshot_due(self, step: int) -> bool:
         """Whether every holder writes its state after `step` committed steps to its own disk."""
-        return self.is_checkpoint_due(step) or step % self._snapshot_every == 0
+        return step % self._snapshot_every == 0
 
-    def is_evaluation_due(self, step: int) -> bool:
-        every = self.manifest.run.evaluate_every
-        return bool(every and step % every == 0)
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether the state at hand is to be evaluated before anything else is done with it."""
+        run, step = self.manifest.run, self.step
+        every = run.evaluate_every
+        is_wanted = bool(every and step % every == 0 and step > self.manifest.start_step)
+        trains = self.manifest.num_steps > 0
+        return trains and (is_wanted or self.is_trained) and not self.progress.is_evaluated(step)
 
     def record_commit(self, record: on.CommitRecord, now_s: float) -> None:
         """A step of the plan at hand is in the journal."""

@@ -173,7 +173,7 @@ class Ledger(Generations):
         self._evaluated.clear()
         self._moved_s = now_s
         over = self.step >= self.manifest.num_steps
-        if self._evaluation_due or (over and self.progress.needs_final_evaluation(self.step)):
+        if self.is_evaluation_due:
             self.phase = "evaluating"
             return self._to_all(Begin(self.job, self.generation, self.step, evaluate=True))
         if over:
@@ -200,13 +200,13 @@ class Ledger(Generations):
         except DivergedError as error:
             return self._end("failed", str(error))
         done = self.step + 1
-        snapshot = self.is_snapshot_due(done)
+        may_save = not self._publications or done >= self.manifest.num_steps
+        saves = may_save and self.is_checkpoint_due(done)
+        snapshot = saves or self.is_snapshot_due(done)
         commit = Commit(self.job, self.generation, self.step, record.scale, snapshot)
         effects: list[Effect] = [Write(record), *self._to_all(commit)]
         self._record(record, now_s)
-        if self.is_checkpoint_due(done) and (
-            not self._publications or done >= self.manifest.num_steps
-        ):
+        if saves:
             effects += self._publications.ask(self.job, self.plan, self.step, now_s)
         if self._preparing is not None:
             effects += self._preparing.ask(self.step, now_s)
@@ -220,7 +220,6 @@ class Ledger(Generations):
         return self._failed_once(now_s)
 
     def _finish_evaluation(self, now_s: float) -> list[Effect]:
-        self._evaluation_due = False
         record = self.record_evaluation(self._evaluated)
         return [Write(record), *self._next(now_s)]
 

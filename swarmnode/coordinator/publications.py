@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swarmnode.coordinator.events import CheckpointRecord, Effect, Send, StoreState
-from swarmnode.domain import BlobRef, JobId, PeerId, Plan
+from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan
 from swarmnode.messages import (
     Save,
     Saved,
@@ -18,6 +18,7 @@ PATIENCE_S = 600.0
 class _Publication:
     """The state after some step, stage by stage."""
 
+    generation: Generation
     asked: Mapping[int, PeerId]
     since_s: float
     indexes: dict[int, BlobRef] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Publications:
     def ask(self, job: JobId, plan: Plan, step: int, now_s: float) -> list[Effect]:
         """Ask a holder of each stage for the state after `step` committed steps."""
         holders = {stage: row[0] for stage, row in enumerate(plan.slots)}
-        self._open[step] = _Publication(holders, now_s)
+        self._open[step] = _Publication(plan.generation, holders, now_s)
         return [
             Send(peer, Save(job, plan.generation, step, stage)) for stage, peer in holders.items()
         ]
@@ -48,6 +49,8 @@ class Publications:
         """A holder answered: fetch it, unless it was not asked, or answered before."""
         wanted, stage = self._open.get(saved.step), saved.stage
         if wanted is None or wanted.asked.get(stage) != peer or stage in wanted.indexes:
+            return []
+        if saved.generation < wanted.generation:  # the step was given up and computed again
             return []
         wanted.indexes[stage] = saved.index
         return [StoreState(stage, saved.step, saved.index, peer)]
@@ -71,6 +74,11 @@ class Publications:
         for step, wanted in list(self._open.items()):
             if set(wanted.indexes) != set(wanted.asked):
                 self.give_up(step)
+
+    def rewind(self, step: int) -> None:
+        """Steps from `step` on are given up: states of more steps are of no history any more."""
+        for later in [at for at in self._open if at > step]:
+            self.give_up(later)
 
     def expire(self, now_s: float) -> None:
         """Give up what has taken too long."""
