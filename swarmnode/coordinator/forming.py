@@ -2,16 +2,17 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 from swarmnode.coordinator.events import Effect, Hangup, Send
 from swarmnode.coordinator.inquiry import RETRY_S, Inquiry
 from swarmnode.coordinator.pool import Pool
-from swarmnode.coordinator.recovery import CommitLog, Finder, Origin, Sources
+from swarmnode.coordinator.recovery import CommitLog, Finder, Origin, Sources, state_bytes
 from swarmnode.coordinator.shadows import choose_shadows, choose_voters
 from swarmnode.coordinator.solver.decision import Decision
-from swarmnode.coordinator.solver.fill import solve
+from swarmnode.coordinator.solver.fill import solve, stage_ranges
 from swarmnode.domain import Advert, Generation, JobId, ModelFacts, PeerId, Plan
 from swarmnode.errors import CapacityError
 from swarmnode.manifest import Manifest
@@ -25,6 +26,8 @@ from swarmnode.messages import (
     StateSource,
 )
 
+AT_ONCE_BYTES = 32 << 20
+"""A state up to so large is fetched before the job goes on: three seconds at 100 Mbit/s."""
 MAX_ASKED = 32
 """Usable peers that are asked besides those whom the last plan and the new one name."""
 SEARCH_S = 20.0
@@ -136,12 +139,18 @@ class Forming:
         """
         granted = self.inquiry.granted
         peers = [advert for advert in pool.usable(now_s) if advert.peer in granted]
+        finder_of = partial(
+            Finder, granted, step=head.step, commits=head.commits, beginning=head.origin, odd=odd
+        )
         decision = self.wanted
         named = {peer for row in decision.slots for peer in row} if decision is not None else set()
         if decision is None or not named <= granted.keys() or any(map(pool.leaves, named)):
-            decision, peers = self._decide(head, peers)
-        finder = Finder(granted, decision.layers, head.step, head.commits, head.origin, odd)
-        self._shadows = choose_shadows(decision, peers, self.facts, self.manifest, finder.holds)
+            finder = finder_of(stage_ranges(self.facts, self.manifest))
+            decision, peers = self._decide(head, peers, partial(self._is_near, finder))
+        finder = finder_of(decision.layers)
+        self._shadows = choose_shadows(
+            decision, peers, self.facts, self.manifest, finder.holds, partial(self._is_near, finder)
+        )
         holders = [(*row, *dark) for row, dark in zip(decision.slots, self._shadows, strict=True)]
         self._sources = finder.find(holders)
         self.missing = tuple(sorted(set(self._sources.lost)))
@@ -156,7 +165,15 @@ class Forming:
             for stage, (peer, step) in saves.items()
         ]
 
-    def _decide(self, head: Head, peers: list[Advert]) -> tuple[Decision, list[Advert]]:
+    def _is_near(self, finder: Finder, stage: int, peer: PeerId) -> bool:
+        """Whether nobody has to wait long until `peer` has the state of `stage`: what is large,
+        and held by somebody else, is fetched while the job goes on."""
+        is_small = state_bytes(self.facts, finder.layers, stage) <= AT_ONCE_BYTES
+        return is_small or finder.holds(stage, peer) or not finder.is_held(stage)
+
+    def _decide(
+        self, head: Head, peers: list[Advert], is_near: Callable[[int, PeerId], bool]
+    ) -> tuple[Decision, list[Advert]]:
         """A placement, and who takes part: at first those alone who can compute at once, where
         these hold every stage between them. The others get their share when they are ready."""
         plan, granted = head.plan, self.inquiry.granted
@@ -164,8 +181,8 @@ class Forming:
         held = {held.stage for advert in warm for held in granted[advert.peer].held}
         if plan is not None and held == set(range(plan.num_stages)):
             with contextlib.suppress(CapacityError):
-                return solve(warm, self.facts, self.manifest, previous=plan), warm
-        return solve(peers, self.facts, self.manifest, previous=plan), peers
+                return solve(warm, self.facts, self.manifest, previous=plan, is_near=is_near), warm
+        return solve(peers, self.facts, self.manifest, previous=plan, is_near=is_near), peers
 
     def saved(self, peer: PeerId, saved: Saved) -> None:
         """A holder has published the state that others wait for."""

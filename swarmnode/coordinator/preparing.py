@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from swarmnode.coordinator.events import Effect, Send
-from swarmnode.coordinator.recovery import STATE_BYTES_PER_WEIGHT
+from swarmnode.coordinator.recovery import state_bytes
 from swarmnode.coordinator.solver.decision import Decision
 from swarmnode.domain import BlobRef, JobId, ModelFacts, PeerId, Plan
 from swarmnode.messages import Inquire, Prepare, Prepared, Save, Saved, StateSource
@@ -48,7 +48,8 @@ class Preparing:
         """Who was asked for each stage's state after `_step` steps, and what it published."""
         self._indexes: dict[int, BlobRef] = {}
         self._waiting = set(self.newcomers)
-        most_bytes = max(map(partial(self._state_bytes, facts), self.newcomers.values()), default=0)
+        sizes = partial(state_bytes, facts, decision.layers)
+        most_bytes = max((sum(map(sizes, each)) for each in self.newcomers.values()), default=0)
         self._patience_s = PATIENCE_S + most_bytes / SLOW_BYTES_PER_S
 
     @property
@@ -59,17 +60,6 @@ class Preparing:
         """Whether the states should be there by now, since they were asked for."""
         is_late = self._step is not None and now_s - self._since_s > self._patience_s
         return is_late or self._num_failures >= MAX_FAILURES
-
-    def _state_bytes(self, facts: ModelFacts, stages: Sequence[int]) -> int:
-        """Of all that one newcomer fetches."""
-        layers, last = self.decision.layers, len(self.decision.layers) - 1
-        weights = sum(
-            (layers[stage][1] - layers[stage][0]) * facts.layer_weights
-            + facts.first_weights * (stage == 0)
-            + facts.last_weights * (stage == last)
-            for stage in stages
-        )
-        return weights * STATE_BYTES_PER_WEIGHT
 
     def begin(self, signature: bytes) -> list[Effect]:
         """Make ourselves known to those who have no part in the job yet."""

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from swarmnode.codec_specs import wire_share
 from swarmnode.coordinator.events import CheckpointRecord
-from swarmnode.domain import BlobRef, PeerId
+from swarmnode.domain import BlobRef, ModelFacts, PeerId
 from swarmnode.manifest import Manifest
 from swarmnode.messages import (
     MAX_COMMITTED,
@@ -74,6 +74,14 @@ def origin(checkpoint: CheckpointRecord | None, manifest: Manifest, me: PeerId) 
     return Origin(step, tuple(begun for _ in stages))
 
 
+def state_bytes(facts: ModelFacts, layers: Sequence[tuple[int, int]], stage: int) -> int:
+    """Of a snapshot of one stage."""
+    (start, stop), is_first, is_last = layers[stage], stage == 0, stage == len(layers) - 1
+    copy = facts.first_weights if facts.tied and is_last and not is_first else 0
+    ends = facts.first_weights * is_first + facts.last_weights * is_last + copy
+    return STATE_BYTES_PER_WEIGHT * ((stop - start) * facts.layer_weights + ends)
+
+
 def snapshot_every(manifest: Manifest) -> int:
     """Steps between snapshots, by how large an update is beside the state."""
     codecs = manifest.codecs
@@ -116,6 +124,7 @@ class Finder:
     ) -> None:
         """`odd`: of stages whose holders disagree, those that differ from most. Such a stage is
         derived from the log; where that does not reach back so far, the others have it."""
+        self.layers = layers
         self._step = step
         self._commits = commits
         self._origin = beginning
@@ -130,6 +139,10 @@ class Finder:
     def holds(self, stage: int, peer: PeerId) -> bool:
         """Whether `peer` can get to the step from what it has, with the others' logs."""
         return self._kept(stage, peer) is not None
+
+    def is_held(self, stage: int) -> bool:
+        """Whether anybody can get to the step from what it has."""
+        return any(self.holds(stage, peer) for peer in self._held[stage])
 
     def find(self, holders: Sequence[Sequence[PeerId]]) -> Sources:
         """A source for each peer of `holders[stage]`, as far as there is one."""

@@ -20,8 +20,10 @@ def choose_shadows(
     facts: ModelFacts,
     job: PlacedJob,
     holds: Callable[[int, PeerId], bool],
+    is_near: Callable[[int, PeerId], bool] = lambda _stage, _peer: True,
 ) -> tuple[tuple[PeerId, ...], ...]:
-    """Who shadows each stage: nobody where two machines host it, or where nobody has room.
+    """Who shadows each stage: nobody where two machines host it, or where nobody has room and,
+    as `is_near` says, the state at hand, or soon.
 
     First goes who has a device of the kind of a host's, as another kind may compute other bits;
     then who holds the stage already, then who hosts least, then who has most memory.
@@ -47,7 +49,10 @@ def choose_shadows(
             able = [
                 a
                 for a in peers
-                if a.peer not in row and a.peer not in chosen and room(a, stage) >= 0
+                if a.peer not in row
+                and a.peer not in chosen
+                and room(a, stage) >= 0
+                and is_near(stage, a.peer)
             ]
             if not able:
                 break

@@ -250,10 +250,11 @@ class Bench:
         *,
         records: list[on.Record] | None = None,
         me: str = "a",
+        facts: ModelFacts = FACTS,
     ) -> None:
         self.job = job
         self.now_s = 0.0
-        self.ledger = Ledger(job, FACTS, PeerId(me), b"", self.now_s)
+        self.ledger = Ledger(job, facts, PeerId(me), b"", self.now_s)
         self.ledger.restore(records or [])
         self.adverts = {PeerId(name): advert(name) for name in names}
         self.workers = {peer: Worker(peer, job) for peer in self.adverts}

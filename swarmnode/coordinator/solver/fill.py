@@ -6,7 +6,7 @@ holds the stage, else to one that makes a second holder of it; among those, to t
 be done soonest. It states no bound, and says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from swarmnode.coordinator.cost.needs import (
     machine_bytes,
@@ -43,8 +43,11 @@ def solve(
     job: PlacedJob,
     *,
     previous: Plan | None = None,
+    is_near: Callable[[int, PeerId], bool] = lambda _stage, _peer: True,
 ) -> Decision:
     """Place every slot of `job` on `peers`; slots of `previous` whose machine is alive stay.
+
+    Who has a stage at hand, or soon, as `is_near` says, gets its slots before anybody else.
 
     Raises: CapacityError with one line that says what is missing.
     """
@@ -90,7 +93,8 @@ def solve(
     open_slots = [SlotId(s, v) for v in range(slots) for s in range(stages) if grid[s][v] is None]
     moved: list[SlotId] = []
     for stage, slot in sorted(open_slots, key=lambda at: (-needs[at.stage].flops, at)):
-        able = [peer for peer in hosted if fits(peer, stage)]
+        fitting = [peer for peer in hosted if fits(peer, stage)]
+        able = [peer for peer in fitting if is_near(stage, peer)] or fitting
         if not able:
             largest = max(by_id.values(), key=lambda a: (a.limits.memory_bytes, a.peer))
             raise CapacityError(
