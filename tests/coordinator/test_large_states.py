@@ -1,4 +1,4 @@
-"""After a loss nobody waits for a large state that somebody else has: it comes while steps go on."""
+"""After a loss nobody waits for a large state that somebody has: it comes while steps go on."""
 
 import dataclasses
 
