@@ -24,7 +24,7 @@ from swarmnode.compression.tensors import (
     sign_bits,
     to_bytes,
 )
-from swarmnode.errors import CodecError
+from swarmnode.errors import CodecError, NotFiniteError
 
 SEED = 0x10A
 """Of the signs that the iteration starts from."""
@@ -47,8 +47,8 @@ class LowRankCodec(SpecCodec):
     The same bytes decode to the same bits everywhere, by r additions in order of products that
     are exact. Encoding uses matrix products: its bytes differ from one kind of device to another.
 
-    Raises: CodecError at encode if a value is over 2^100 or not finite; at decode if the product
-            is not finite.
+    Raises: at encode NotFiniteError if a value is not finite, CodecError if one is over 2^100; at
+            decode CodecError if the product is not finite.
     """
 
     def encode(self, tensor: Tensor) -> bytearray:
@@ -57,8 +57,10 @@ class LowRankCodec(SpecCodec):
             return _BFLOAT16.encode(tensor)
         x_MN = tensor.detach().reshape(-1, tensor.shape[-1]).float()
         absmax = float(x_MN.abs().amax())
-        if not absmax <= _LARGEST:
-            shape = tuple(tensor.shape)
+        shape = tuple(tensor.shape)
+        if not math.isfinite(absmax):
+            raise NotFiniteError(f"{self.spec} cannot code {shape}: a value is not finite")
+        if absmax > _LARGEST:
             raise CodecError(f"{self.spec} cannot code {shape}: a value is over {_LARGEST:.3g}")
         # Powers of two that keep both factors, and all products on the way, in range.
         exponent = math.frexp(absmax)[1] if absmax else 0

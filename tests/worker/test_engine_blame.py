@@ -64,7 +64,9 @@ def change_one(swarm: Swarm, kind: str, change: Callable[[bytes], bytes]) -> Slo
         swarm.pump(max_units=1)
 
 
-@pytest.mark.parametrize(("dense", "gradient"), [("int8", "int8"), ("none", "none")])
+@pytest.mark.parametrize(
+    ("dense", "gradient"), [("int8", "int8"), ("none", "none"), ("powersgd/r4", "none")]
+)
 def test_who_cannot_go_on_as_values_are_not_finite_says_so(
     tmp_path: Path, dense: str, gradient: str
 ) -> None:
