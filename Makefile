@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REPEAT ?= 1
 SEEDS ?= 0..5000
+CHAOS := tests/chaos tests/processes/test_demo_kills.py tests/processes/test_resume.py
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint format dashboard bench simulate chaos stress clean
+.PHONY: install demo test lint format dashboard bench simulate chaos long stress clean
 
 install: $(STAMP)
 
@@ -48,8 +49,11 @@ simulate: install
 # All faults on real processes; REPEAT=20 does them so many times in a row.
 chaos: install
 	for number in $$(seq $(REPEAT)); do \
-	  $(BIN)/python -m pytest tests/chaos tests/processes/test_demo_kills.py tests/processes/test_resume.py \
-	    -m long $(ARGS) || exit; done
+	  $(BIN)/python -m pytest $(CHAOS) -m long $(ARGS) || exit; done
+
+# Every other test that `make test` leaves out: codecs on many random inputs, and under kills.
+long: install
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(CHAOS)) -m long $(ARGS)
 
 # Ten minutes of kills, one every two seconds; fails if a step is lost, or memory, files or disk grow.
 stress: install
