@@ -17,6 +17,7 @@ SwarmError
 |   `-- ProtocolError        the peer broke the protocol: drop it and count
 |       `-- FrameTooLargeError   announced more bytes than allowed; nothing was allocated
 |-- CodecError               bytes that do not decode to the tensor that was announced
+|   |-- HistoryError         a change of something else than is held: begin without history
 |   `-- NotFiniteError       a tensor that cannot be coded: perhaps all diverge
 |-- ChunkError               content does not match its hash: take it from another peer
 `-- ChildError               a child process of ours failed; it may be restarted
@@ -92,6 +93,8 @@ class SlotError(PeerError):
     reason: str
     is_finite: bool = True
     """False where a value is not: perhaps it is training that diverges."""
+    is_mismatch: bool = False
+    """True for a `HistoryError`: perhaps it is what is held here that is wrong."""
 
 
 class FrameError(SlotError):
@@ -125,6 +128,10 @@ class FrameTooLargeError(ProtocolError):
 
 class CodecError(SwarmError):
     """A payload is not what its announced codec, shape and dtype say. Drop the frame."""
+
+
+class HistoryError(CodecError):
+    """A change does not follow from what is held here; either end's history may be wrong."""
 
 
 class NotFiniteError(CodecError):

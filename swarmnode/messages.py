@@ -291,6 +291,9 @@ class Failed:
     blames: SlotId | None = None
     is_diverged: bool = False
     """A value is not finite, so that it cannot be coded, or used."""
+    is_mismatch: bool = False
+    """What `blames` sent does not follow from the history that this worker holds: either may be
+    wrong, and a generation begins without any."""
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,10 @@ class Ledger(Generations):
             case Failed(reason=reason, is_diverged=True) if self._diverged_step == self.step:
                 # On others, too: no single machine is to blame.
                 return self._end("failed", f"step {self.step}: {reason}; {DIVERGED_HINT}")
+            case Failed(reason=reason, is_mismatch=True) if not self._failures:
+                # Once, nobody is to blame: the next generation begins without history.
+                self.reason = f"{peer}: {reason}"
+                return self._failed_once(now_s)
             case Failed(reason=reason, child_ended=child_ended, blames=slot):
                 if message.is_diverged:
                     self._diverged_step = self.step

@@ -259,6 +259,7 @@ def test_a_change_of_something_else_fails_and_the_next_generation_goes_on(
     (failed,) = swarm.take(Failed)
     assert "stage 1, slot 0" in failed.reason
     assert "do not follow" in failed.reason
+    assert failed.is_mismatch
     swarm.take(Ready)
     swarm.configure(4, "keep")
     assert swarm.step(4).losses

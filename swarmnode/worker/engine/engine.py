@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -286,12 +287,17 @@ class Engine:
         traceback.clear_frames(error.__traceback__)  # they hold what is to be freed
         self._forget()
         assert self._job is not None
-        blames, is_diverged = None, isinstance(error, NotFiniteError)
-        if isinstance(error, SlotError):
-            blames, is_diverged = SlotId(error.stage, error.slot), not error.is_finite
         failed = Failed(
-            self._job, self._generation, _one_line(error), blames=blames, is_diverged=is_diverged
-        )
+            self._job, self._generation, _one_line(error),
+            is_diverged=isinstance(error, NotFiniteError),
+        )  # fmt: skip
+        if isinstance(error, SlotError):
+            failed = replace(
+                failed,
+                blames=SlotId(error.stage, error.slot),
+                is_diverged=not error.is_finite,
+                is_mismatch=error.is_mismatch,
+            )
         self._send(failed, b"")
 
     def _forget(self) -> None:

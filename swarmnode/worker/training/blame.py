@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from swarmnode.domain import SlotId
-from swarmnode.errors import CodecError, FrameError
+from swarmnode.errors import CodecError, FrameError, HistoryError
 
 
 @contextmanager
@@ -13,4 +13,5 @@ def blaming(source: SlotId) -> Iterator[None]:
     try:
         yield
     except CodecError as error:
-        raise FrameError(source.stage, source.slot, str(error)) from error
+        is_mismatch = isinstance(error, HistoryError)
+        raise FrameError(source.stage, source.slot, str(error), is_mismatch=is_mismatch) from error

@@ -22,7 +22,7 @@ from swarmnode.compression.delta_cache import DeltaCache
 from swarmnode.compression.delta_frames import IS_DELTA_AT, PREFIX_BYTES
 from swarmnode.compression.payload import header_bytes
 from swarmnode.domain import Plan, SlotId
-from swarmnode.errors import CodecError
+from swarmnode.errors import CodecError, HistoryError
 
 _IN_FULL = "bf16"
 
@@ -120,19 +120,21 @@ class Deltas:
     def decode(self, target: SlotId, payload: Payload, device: torch.device | str) -> Tensor:
         """The hidden states (B, S, D) that `target` computes on, float32.
 
-        Raises: CodecError if a frame does not follow from what is held here. The generation then
+        Raises: HistoryError if a frame does not follow from what is held here. The generation then
         ends, and the next one begins without any history: rarer than a refusal is worth.
+        CodecError for bytes that no history of ours makes right.
         """
         receiver, rows = self._receivers[target], []
         for frame in self._sizes.split(payload):
             found = receiver.receive(frame, device)
-            hidden_SD = None if found.is_repeated else found.tensor
-            if hidden_SD is None or hidden_SD.shape != self._sizes.row_shape:
-                raise CodecError(
-                    f"hidden states for stage {target.stage}, slot {target.slot} "
-                    "do not follow from those that are held of the same sample"
+            what = f"hidden states for stage {target.stage}, slot {target.slot}"
+            if found.tensor is None or found.is_repeated:
+                raise HistoryError(
+                    f"{what} do not follow from those that are held of the same sample"
                 )
-            rows.append(hidden_SD)
+            if found.tensor.shape != self._sizes.row_shape:
+                raise CodecError(f"{what} have rows of another shape")
+            rows.append(found.tensor)
         return torch.stack(rows)
 
     def error(
