@@ -38,6 +38,8 @@ FORMS = (
     "cocktail/pP/kK/CODE, powersgd/rR (B 2..8, G 16..1024, CODE none, bf16 or intB)"
 )
 SHARE_ELEMENTS = 1 << 20
+DELTA_VALUE_BYTES = 2
+"""Of a value in a delta cache: bfloat16."""
 
 _SPEC = re.compile(
     r"""(?P<aq>aq/)?

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swarmnode.codec_specs import DELTA_VALUE_BYTES
 from swarmnode.errors import CapacityError
 
-VALUE_BYTES = 2
 _ADVICE_BYTES = 128 << 10
 """So much is asked for at once: Linux reads no more ahead of one request."""
 
@@ -44,9 +44,9 @@ class DeltaCache:
     def __init__(self, budget_bytes: int, slot_values: int, folder: Path | None = None) -> None:
         assert budget_bytes >= 0 < slot_values
         self.slot_values = slot_values
-        self.num_slots = budget_bytes // (VALUE_BYTES * slot_values)
+        self.num_slots = budget_bytes // (DELTA_VALUE_BYTES * slot_values)
         num_values = self.num_slots * slot_values
-        self._file = _file(VALUE_BYTES * num_values, folder)
+        self._file = _file(DELTA_VALUE_BYTES * num_values, folder)
         """What maps the file, if there is one."""
         self._rows = _values(num_values, self._file).view(-1, slot_values)
         self._entries: dict[int, Entry] = {}
@@ -55,7 +55,7 @@ class DeltaCache:
     @property
     def num_bytes(self) -> int:
         """Of all slots, used or not."""
-        return VALUE_BYTES * self._rows.numel()
+        return DELTA_VALUE_BYTES * self._rows.numel()
 
     @property
     def num_entries(self) -> int:
@@ -78,8 +78,8 @@ class DeltaCache:
         waits for them; nothing for a slot that there is not, or that lies in memory anyway."""
         if self._file is None or slot in self._aside or slot not in self._entries:
             return
-        start = slot * self.slot_values * VALUE_BYTES
-        stop = start + torch.Size(self._entries[slot].shape).numel() * VALUE_BYTES
+        start = slot * self.slot_values * DELTA_VALUE_BYTES
+        stop = start + torch.Size(self._entries[slot].shape).numel() * DELTA_VALUE_BYTES
         for at in range(start - start % mmap.PAGESIZE, stop, _ADVICE_BYTES):
             self._file.madvise(mmap.MADV_WILLNEED, at, min(_ADVICE_BYTES, stop - at))
 
@@ -136,7 +136,7 @@ def _values(num_values: int, file: mmap.mmap | None) -> Tensor:
             return torch.frombuffer(file, dtype=torch.bfloat16)
         return torch.empty(num_values, dtype=torch.bfloat16)
     except RuntimeError as error:
-        raise _no_room(VALUE_BYTES * num_values, error) from error
+        raise _no_room(DELTA_VALUE_BYTES * num_values, error) from error
 
 
 def _no_room(num_bytes: int, error: Exception) -> CapacityError:

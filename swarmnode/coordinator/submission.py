@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swarmnode.codec_specs import DELTA_VALUE_BYTES
 from swarmnode.coordinator import resume
 from swarmnode.coordinator.corpus import build_corpus
 from swarmnode.domain import BlobRef, ModelFacts, PeerId
@@ -79,18 +80,23 @@ async def prepare(
             f"batch.sequence_length = {job.batch.sequence_length} is over the model's "
             f"{facts.max_positions} positions; lower it"
         )
-    placement = await decide_grid(job, facts)
-    if job.codecs.sync is not None and facts.tied and placement.stages > 1:
-        raise ManifestError(
-            f"codecs.sync: the model's tied embeddings lie on two of {placement.stages} stages and "
-            "would go apart between exchanges; set placement.stages = 1 or leave codecs.sync out"
-        )
     folder = await asyncio.to_thread(_tokenizer_folder, job, scratch, facts.max_positions)
     tokenizer = load_tokenizer(folder)
     if tokenizer.num_tokens > facts.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.num_tokens} tokens but the model's vocabulary only "
             f"{facts.vocab_size}; give a model with vocab_size >= {tokenizer.num_tokens}"
+        )
+    data = await asyncio.to_thread(_publish_data, job, tokenizer, facts, store)
+    num_tokens = 0
+    if data is not None and job.codecs.keeps_deltas:
+        num_tokens = TokenIndex.parse(store.read(data.train)).num_tokens
+        job = _with_caches_for(num_tokens, job, facts)
+    placement = await decide_grid(job, facts)
+    if job.codecs.sync is not None and facts.tied and placement.stages > 1:
+        raise ManifestError(
+            f"codecs.sync: the model's tied embeddings lie on two of {placement.stages} stages and "
+            "would go apart between exchanges; set placement.stages = 1 or leave codecs.sync out"
         )
     content, start_step = ModelContent(config=config), 0
     if resumed is not None:
@@ -102,7 +108,6 @@ async def prepare(
     elif spans is not None:
         weights = await asyncio.to_thread(_publish_weights, spans, store)
         content = ModelContent(config=config, weights=weights)
-    data = await asyncio.to_thread(_publish_data, job, tokenizer, facts, store)
     shared = {name: getattr(job, name) for name in JobBase.model_fields}
     manifest = Manifest(
         **shared,
@@ -115,7 +120,7 @@ async def prepare(
         start_step=start_step,
     )
     notes = resume.notes(resumed, job, data) if resumed else ()
-    return Prepared(manifest, facts, notes + _delta_notes(manifest, store))
+    return Prepared(manifest, facts, notes + _delta_notes(manifest, num_tokens))
 
 
 def _read_model(job: JobFile) -> tuple[dict[str, Any], Mapping[str, TensorSpan] | None]:
@@ -185,12 +190,20 @@ def _publish_data(
     )
 
 
-def _delta_notes(manifest: Manifest, store: BlobStore) -> tuple[str, ...]:
+def _with_caches_for(num_tokens: int, job: JobFile, facts: ModelFacts) -> JobFile:
+    """The job with delta caches that have no more room than all its windows of text take."""
+    num_values = (num_tokens - 1) // job.batch.sequence_length * job.batch.sequence_length
+    most = num_values * facts.hidden_size * DELTA_VALUE_BYTES
+    room = min(job.codecs.delta_cache_bytes, most)
+    codecs = job.codecs.model_copy(update={"delta_cache_bytes": room})
+    return job.model_copy(update={"codecs": codecs})
+
+
+def _delta_notes(manifest: Manifest, num_tokens: int) -> tuple[str, ...]:
     """What to know where hidden states are to travel as changes, but no sample comes again."""
     codecs, batch = manifest.codecs, manifest.batch
-    if manifest.data is None or not codecs.keeps_deltas:
+    if not num_tokens:
         return ()
-    num_tokens = TokenIndex.parse(store.read(manifest.data.train)).num_tokens
     steps = manifest.num_steps - manifest.start_step
     epochs = steps * batch.num_microbatches * batch.rows * batch.sequence_length / num_tokens
     if epochs > 1.5:

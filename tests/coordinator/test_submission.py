@@ -24,10 +24,6 @@ CONFIG = {"model_type": "llama", "vocab_size": 300}
 TEXT = "All that is named becomes content. " * 100
 
 
-async def decide_grid(job: JobFile, facts: ModelFacts) -> PlacementConfig:
-    return PlacementConfig(**job.placement.model_dump(exclude_none=True))
-
-
 class World:
     """A folder with text, a config and a store; a model whose sizes are told, not computed."""
 
@@ -36,6 +32,7 @@ class World:
         self.facts = FACTS
         self.store = BlobStore(folder / "blobs")
         self.asked: list[tuple[Mapping[str, Any], int, tuple[str, ...] | None]] = []
+        self.grids: list[JobFile] = []
         (folder / "text.txt").write_text(TEXT)
         (folder / "config.json").write_text(json.dumps(CONFIG))
 
@@ -44,6 +41,10 @@ class World:
     ) -> ModelFacts:
         self.asked.append((config, stages, stored))
         return self.facts
+
+    async def _decide_grid(self, job: JobFile, facts: ModelFacts) -> PlacementConfig:
+        self.grids.append(job)
+        return PlacementConfig(**job.placement.model_dump(exclude_none=True))
 
     def prepare(self, **changes: Any) -> Prepared:
         raw = {
@@ -57,7 +58,7 @@ class World:
         job = parse_job(raw, base=self.folder, source="job")
         scratch = self.folder / "scratch"
         scratch.mkdir(exist_ok=True)
-        return asyncio.run(prepare(job, ME, self.store, scratch, self._facts_of, decide_grid))
+        return asyncio.run(prepare(job, ME, self.store, scratch, self._facts_of, self._decide_grid))
 
     def tokens(self, ref: BlobRef) -> list[int]:
         """The token ids of an index."""
@@ -233,3 +234,17 @@ def test_who_asks_for_deltas_where_no_sample_comes_again_is_told(tmp_path: Path)
     assert "10 steps see each sample 0.8 times; use int4/32" in note, note
     assert world.prepare(codecs=codecs, run={"steps": 100}).notes == ()
     assert world.prepare(run={"steps": 10}).notes == ()
+
+
+def test_delta_caches_are_as_large_as_asked_but_no_larger_than_the_text(world: World) -> None:
+    codecs = {"activation": "aq/int4/32"}
+    manifest = world.prepare(codecs=codecs).manifest
+    assert manifest.data is not None
+    num_windows = (TokenIndex.parse(world.store.read(manifest.data.train)).num_tokens - 1) // 16
+    whole = num_windows * 16 * FACTS.hidden_size * 2
+    assert 0 < manifest.codecs.delta_cache_bytes == whole < 1 << 20
+    assert world.grids[-1].codecs == manifest.codecs, "the grid is chosen for these caches"
+    for given, kept in ((1000, 1000), (1 << 40, whole)):
+        asked = world.prepare(codecs={**codecs, "delta_cache_bytes": given}).manifest
+        assert asked.codecs.delta_cache_bytes == kept
+    assert world.prepare().manifest.codecs.delta_cache_bytes == 1 << 30, "which nothing uses"

@@ -85,6 +85,18 @@ def test_a_job_becomes_a_workload() -> None:
     assert (need.state_bytes, need.slot_bytes) == (4 * need.weights, 0)
 
 
+def test_caches_of_hidden_states_need_memory_where_training_keeps_them_there() -> None:
+    def cache_bytes(steps: int = 10, **codecs: object) -> int:
+        asked = {"codecs": CodecConfig(**codecs), "run": RunConfig(steps=steps)}  # type: ignore[arg-type]
+        return workload_of(FACTS, JOB.model_copy(update=asked)).cache_bytes
+
+    assert cache_bytes(activation="aq/int4/32") == 1 << 30
+    assert cache_bytes(activation="aq/int4/32", delta_cache_bytes=5000) == 5000
+    assert cache_bytes(activation="aq/int4/32", delta_cache_on_disk=True) == 0
+    assert cache_bytes(activation="aq/int4/32", steps=0) == 0
+    assert cache_bytes(activation="int4/32") == 0
+
+
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_the_stages_together_hold_the_model(stages: int, is_tied: bool) -> None:
@@ -126,7 +138,10 @@ def test_the_parts_add_up_and_memory_is_what_machine_bytes_says(seed: int) -> No
 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_memory_is_what_machine_bytes_says(is_tied: bool) -> None:
-    work = replace(llama_like(hidden=256, num_microbatches=8), tied=is_tied, last_kept_bytes=77)
+    work = replace(
+        llama_like(hidden=256, num_microbatches=8),
+        tied=is_tied, last_kept_bytes=77, cache_bytes=1 << 20,
+    )  # fmt: skip
     arrangement = arranged((0, 1), (0, 0), (2, 0), num_layers=32)
     tables = tables_of(lan(3), plain_devices(1.0, 1.0, 1.0), work, 3, 2)
     step = step_of(*grid_of(arrangement), tables)
@@ -134,6 +149,8 @@ def test_memory_is_what_machine_bytes_says(is_tied: bool) -> None:
     for node, hosted in ((0, [0, 1, 1, 2]), (1, [0]), (2, [2])):
         assert step.machine[on.USED, node] == machine_bytes(needs, hosted)
     exact = machine_bytes(needs, [0, 1, 1, 2])
+    bare = replace(work, cache_bytes=0).needs(arrangement.layers, 2)
+    assert exact - machine_bytes(bare, [0, 1, 1, 2]) == 6 << 20, "an end, two of two, an end"
     for room, fits in ((exact, True), (exact - 1, False)):
         devices = [Device(1.0, 1.0, room), *plain_devices(1.0, 1.0)]
         assert step_of(*grid_of(arrangement), tables_of(lan(3), devices, work, 3, 2)).fits is fits

@@ -41,7 +41,7 @@ class StageNeed:
     state_bytes: int
     """For the first slot of the stage on a machine."""
     slot_bytes: int
-    """For every slot, the first included: gradient sum and kept activations."""
+    """For every slot, the first included: gradient sum, kept activations and delta caches."""
     flops: float
     """Forward and backward of one microbatch."""
     touched_bytes: float = 0.0
@@ -95,6 +95,8 @@ class Workload:
     touched_bytes_per_weight: float = TOUCHED_BYTES_PER_WEIGHT
     ahead: int = 0
     """Microbatches that stages but the last run forward beyond the usual depth."""
+    cache_bytes: int = 0
+    """Of the memory for hidden states at each end of a boundary of a slot."""
 
     def weights(self, stage: int, num_stages: int, num_layers: int) -> int:
         """Weights of stage `stage` of `num_stages` with so many layers."""
@@ -117,10 +119,14 @@ class Workload:
         in_flight = min(depth, max(1, self.num_microbatches // num_slots))
         layer_kept = num_layers * self.kept_bytes_per_layer
         last_kept = is_last * self.last_kept_bytes
+        caches = self.cache_bytes * ((not is_first) + (not is_last))
         return StageNeed(
             weights=weights,
             state_bytes=weights * self.state_bytes_per_weight,
-            slot_bytes=weights * self.slot_bytes_per_weight + layer_kept * in_flight + last_kept,
+            slot_bytes=weights * self.slot_bytes_per_weight
+            + layer_kept * in_flight
+            + last_kept
+            + caches,
             flops=num_layers * self.layer_flops
             + is_first * self.first_flops
             + is_last * self.last_flops,
@@ -138,6 +144,7 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
     codecs, own = job.codecs, SLOT_BYTES_PER_WEIGHT
     own += FEEDBACK_BYTES_PER_WEIGHT if codecs.keeps_residuals else 0
     own += LOCAL_BYTES_PER_WEIGHT if codecs.local is not None else 0
+    has_caches = trains and codecs.keeps_deltas and not codecs.delta_cache_on_disk
     return Workload(
         num_layers=facts.num_layers,
         layer_flops=(6.0 * facts.layer_weights + attention) * tokens,
@@ -159,6 +166,7 @@ def workload_of(facts: ModelFacts, job: JobBase) -> Workload:
         state_bytes_per_weight=BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_WEIGHT,
         slot_bytes_per_weight=own if trains else 0,
         ahead=job.run.ahead,
+        cache_bytes=codecs.delta_cache_bytes if has_caches else 0,
     )
 
 

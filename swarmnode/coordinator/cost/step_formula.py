@@ -77,6 +77,8 @@ class Tables(NamedTuple):
     """Fewest machines that must host something."""
     ahead: int = 0
     """Microbatches in flight of stages but the last beyond S - s."""
+    cache_bytes: float = 0.0
+    """Of each end of a boundary of a slot."""
 
 
 def fill_stages(counts: Ints, tables: Tables, stage: Floats) -> None:
@@ -99,7 +101,9 @@ def fill_stages(counts: Ints, tables: Tables, stage: Floats) -> None:
             held = own + tables.tied_weights
         stage[FLOPS, s] = flops
         stage[TOUCHED, s] = touched + 2.0 * (kept + extra_kept)
+        num_boundaries = (s > 0) + (s + 1 < num_stages)
         stage[SLOT_BYTES, s] = held * tables.per_weight[1] + kept * in_flight + extra_kept
+        stage[SLOT_BYTES, s] += tables.cache_bytes * num_boundaries
         stage[STATE_BYTES, s] = held * tables.per_weight[0]
         stage[OWN_WEIGHTS, s] = own
         stage[WEIGHTS, s] = held

@@ -124,6 +124,7 @@ def tables_of(
         workload.staleness,
         min_nodes,
         workload.ahead,
+        float(workload.cache_bytes),
     )
 
 
