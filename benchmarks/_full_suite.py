@@ -22,7 +22,7 @@ BASE = "allreduce"
 SUITE = (BASE, "cocktail", "diloco", "sparseloco")
 """Those of the acceptance; any other preset, or text of a sync, may be named beside them."""
 Row = dict[str, Any]
-_KEY = ("method", "sync", "seed", "plan", "text", "text_bytes")
+_KEY = ("method", "sync", "seed", "plan", "text", "text_bytes", "device")
 
 
 def bf16_all_reduce_bytes(num_parameters: int, num_slots: int, num_steps: int) -> float:
@@ -31,24 +31,30 @@ def bf16_all_reduce_bytes(num_parameters: int, num_slots: int, num_steps: int) -
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Finished rows; a last line that was cut off is not one."""
+    """Finished rows; a last line that was cut off is not one. Those that name no device are of a
+    time when there was only the CPU."""
     if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            rows.append({"device": "cpu", **json.loads(line)})
         except json.JSONDecodeError:
             print(f"{path}: left out a line that is no row", file=sys.stderr)
     return rows
 
 
 def run_suite(
-    paths: Sequence[Path], methods: Sequence[str], seeds: Sequence[int], plan: Plan, output: Path
+    paths: Sequence[Path],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    plan: Plan,
+    output: Path,
+    device: str,
 ) -> list[Row]:
     """Run what `output` does not have yet, appending each row as it ends. All rows asked for."""
     torch.set_num_threads(1)
-    corpus = Corpus.of(paths, plan.num_windows)
+    corpus = Corpus.of(paths, plan.num_windows).to(device)
     say, wanted = progress(), []
     made_by = environment(["torch", "numpy"])  # before it runs: the tree may move on meanwhile
     about = {
@@ -57,6 +63,7 @@ def run_suite(
         "text": [f"{path.parent.name}/{path.name}" for path in paths],
         "text_bytes": sum(path.stat().st_size for path in paths),
         "num_slots": NUM_SLOTS,
+        "device": device,
     }
     for seed, method in product(seeds, methods):
         sync = parse_sync(method)
@@ -92,11 +99,11 @@ def _with_ratio(row: Row, plan: Plan) -> Row:
 
 
 def comparable(rows: Iterable[Row], row: Row) -> list[Row]:
-    """Those of the same text, size, batch and steps as `row`: methods, rates and seeds differ."""
+    """Those of the same text, size, batch, steps and device: methods, rates and seeds differ."""
 
     def about(each: Row) -> list[Any]:
         plan = {name: value for name, value in each["plan"].items() if name != "rate"}
-        return [each["text"], each["text_bytes"], plan]
+        return [each["text"], each["text_bytes"], plan, each["device"]]
 
     return [each for each in rows if about(each) == about(row)]
 
@@ -214,12 +221,13 @@ def main(
     plan: Plan,
     output: Path,
     picture: Path | None,
+    device: str,
 ) -> int:
     """1 if a claim does not hold; 0 without a text, which says that nothing was run."""
     if not paths:
         print("full suite skipped: it needs --text FILE [FILE ...]", file=sys.stderr)
         return 0
-    rows = run_suite(paths, methods or SUITE, seeds, plan, output)
+    rows = run_suite(paths, methods or SUITE, seeds, plan, output, device)
     print_table(rows)
     if picture is not None:
         draw(rows, picture)

@@ -103,6 +103,10 @@ class Corpus:
             held_out[name] = _windows(data, starts)
         return Corpus(torch.cat(parts), held_out)
 
+    def to(self, device: str) -> "Corpus":
+        held_out = {name: windows_BS.to(device) for name, windows_BS in self.held_out.items()}
+        return Corpus(self.train.to(device), held_out)
+
     def batches(self, seed: int, num_steps: int, num_slots: int, batch: int) -> Tensor:
         """Where every window starts: steps x slots x samples. The seed alone decides."""
         generator = torch.Generator().manual_seed(1000 + seed)
@@ -114,4 +118,4 @@ class Corpus:
 
 
 def _windows(data: Tensor, starts_B: Tensor) -> Tensor:
-    return data[starts_B.unsqueeze(1) + torch.arange(CONTEXT + 1)]
+    return data[(starts_B.unsqueeze(1) + torch.arange(CONTEXT + 1)).to(data.device)]

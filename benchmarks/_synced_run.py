@@ -63,7 +63,8 @@ class Row:
     num_exchanges: int
     num_rejected: int
     compute_cpu_s: float
-    """Forward and backward of all slots, one after the other, on one core."""
+    """Forward and backward of all slots, one after the other, on one core. On a GPU this and the
+    next one are what the processor has to do for it: no measure of speed."""
     sync_cpu_s: float
     """Inner steps, coding, opening and summing, of all slots."""
     wall_s: float
@@ -79,14 +80,15 @@ def rate_at(plan: Plan, step_index: int) -> float:
 
 
 class Run:
-    """Four slots, one model that takes turns between them."""
+    """Four slots, one model that takes turns between them, where the corpus is."""
 
     def __init__(self, sync: Sync, corpus: Corpus, plan: Plan, seed: int) -> None:
-        self.model = LanguageModel(plan.size, seed)
+        device = corpus.train.device
+        self.model = LanguageModel(plan.size, seed).to(device)
         self.corpus, self.plan = corpus, plan
         shapes = [tuple(parameter.shape) for parameter in self.model.parameters()]
         self.layout: Layout = layout_of(shapes, sync, NUM_SLOTS)
-        start_N = torch.empty(self.layout.num_values)
+        start_N = torch.empty(self.layout.num_values, device=device)
         for view, parameter in zip(
             self.layout.views(start_N), self.model.parameters(), strict=True
         ):
@@ -98,7 +100,7 @@ class Run:
                 self.layout,
                 slot,
                 start_N.clone(),
-                InnerAdamW(self.layout.num_values, num_decayed=num_large),
+                InnerAdamW(start_N, num_decayed=num_large),
             )
             for slot in range(NUM_SLOTS)
         ]
@@ -125,7 +127,7 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         loss = self.model.loss(self.corpus.windows(self.starts[index, slot.slot]))
         loss.backward()
-        gradient_N = torch.empty(self.layout.num_values)
+        gradient_N = torch.empty_like(slot.theta_N)
         views = self.layout.views(gradient_N)
         for view, parameter in zip(views, self.model.parameters(), strict=True):
             assert parameter.grad is not None

@@ -5,7 +5,7 @@
     python benchmarks/convergence.py --suite full --text FILE [FILE ...] --output ROWS.jsonl
                                      [--seeds 0] [--methods PRESET ...] [--num-steps 2000]
                                      [--batch 4] [--rate 0.003] [--picture FILE.svg]
-                                     [--size DIM LAYERS HEADS]
+                                     [--size DIM LAYERS HEADS] [--device cuda]
 
 smoke, compressed boundaries. A byte-level GPT (4 layers of 64, 217 k parameters) has a cut after
 each block but the last. Text is the standard library's sources unless a file is given. A gap is the
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--num-windows", type=int, default=512)
     parser.add_argument("--size", type=int, nargs=3, default=[192, 3, 4])
+    parser.add_argument("--device", default="cpu", help="of the full suite")
     parser.add_argument("--output", type=Path, default=Path("convergence.jsonl"))
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args(arguments)
@@ -116,8 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size=Size(*options.size),
         )
         return _full_suite.main(
-            options.text, options.methods, options.seeds, plan, options.output, options.picture
-        )
+            options.text, options.methods, options.seeds, plan, options.output, options.picture,
+            options.device,
+        )  # fmt: skip
+    if options.device != "cpu":
+        parser.error("the smoke suite runs on the CPU; --device is of --suite full")
     torch.set_num_threads(1)
     path = options.text[0] if options.text else None
     text = read_text(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "convergence.py"
 
@@ -69,8 +70,30 @@ def test_a_row_of_the_full_suite_is_kept_and_not_run_again(tmp_path: Path) -> No
     assert second["up_ratio"] == pytest.approx(0.5, abs=1e-3), "float32 every step"
     assert len(first["curve"]) == 2
     assert picture.stat().st_size > 1000
-    output.write_text(rows[0] + "\n" + rows[1][:50])
+    assert first.pop("device") == "cpu"
+    older = json.dumps(first)  # of a time when there was only the CPU
+    output.write_text(older + "\n" + rows[1][:50])
     run(*arguments)
     again = output.read_text().splitlines()
-    assert again[0] == rows[0]
+    assert again[0] == older
+    assert len(again) == 3, "nor is it run again"
     assert json.loads(again[-1])["held_out"] == second["held_out"], "the same seed, the same loss"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(300)
+def test_a_row_of_a_gpu_is_near_that_of_the_cpu(tmp_path: Path) -> None:
+    text, output = tmp_path / "text", tmp_path / "rows.jsonl"
+    text.write_bytes(bytes(range(256)) * 40)
+    for device in ("cpu", "cuda"):
+        run(
+            "--suite", "full", "--text", str(text), "--output", str(output), "--num-steps", "4",
+            "--batch", "1", "--num-windows", "8", "--methods", "cocktail", "sparseloco,every=2",
+            "--device", device,
+        )  # fmt: skip
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["device"] for row in rows] == ["cpu", "cpu", "cuda", "cuda"]
+    for on_cpu, on_gpu in zip(rows[:2], rows[2:], strict=True):
+        assert on_gpu["up_bytes"] == on_cpu["up_bytes"]
+        assert on_gpu["held_out"] == pytest.approx(on_cpu["held_out"], abs=0.02)

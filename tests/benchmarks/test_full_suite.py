@@ -22,11 +22,19 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> Any:
     del sys.modules["_full_suite"]
 
 
-def row(method: str, loss: float, *, seed: int = 0, rate: float = 0.003, batch: int = 4) -> Any:
+def row(
+    method: str,
+    loss: float,
+    *,
+    seed: int = 0,
+    rate: float = 0.003,
+    batch: int = 4,
+    device: str = "cpu",
+) -> Any:
     return {
         "method": method, "sync": str(parse_sync(method)), "seed": seed, "held_out": loss,
         "up_ratio": RATIOS.get(method.split(",")[0], 1.0), "text": ["a"], "text_bytes": 1,
-        "plan": {"rate": rate, "batch": batch},
+        "plan": {"rate": rate, "batch": batch}, "device": device,
     }  # fmt: skip
 
 
@@ -63,10 +71,11 @@ def test_all_reduce_is_taken_at_its_best_rate_too(suite: Any) -> None:
         row("sparseloco,every=15", 1.6),
         row("sparseloco,codec=topk128of4096/int2", 1.6),
         row("sparseloco", 1.6, batch=8),
+        row("sparseloco", 1.6, device="cuda"),
         row("diloco,every=15", 1.5),
     ],
 )
-def test_another_codec_h_or_batch_stands_for_nothing(suite: Any, other: Any) -> None:
+def test_another_codec_h_batch_or_device_stands_for_nothing(suite: Any, other: Any) -> None:
     lost = ["sparseloco is within 0.10 of all-reduce", "sparseloco is within 0.03 of diloco"]
     assert broken(suite, [*rows(sparseloco=1.9), other]) == lost
 

@@ -18,19 +18,20 @@ RATE = 0.01
 class Stage:
     """Each slot pulls towards its own noisy view of one target."""
 
-    def __init__(self, sync: Sync, num_slots: int = 4, seed: int = 0) -> None:
+    def __init__(self, sync: Sync, num_slots: int = 4, seed: int = 0, device: str = "cpu") -> None:
         self.sync = sync
         self.layout: Layout = layout_of(SHAPES, sync, num_slots)
         num_values = self.layout.num_values
         generator = torch.Generator().manual_seed(seed)
-        self.target_N = torch.randn(num_values, generator=generator)
+        self.target_N = torch.randn(num_values, generator=generator).to(device)
         self.offsets_KN = 0.3 * torch.randn(num_slots, num_values, generator=generator)
         self.offsets_KN -= self.offsets_KN.mean(dim=0)
+        self.offsets_KN = self.offsets_KN.to(device)
         self._generator = generator
-        start_N = torch.zeros(num_values)
+        start_N = torch.zeros(num_values, device=device)
         self.slots = [
             SyncedSlot(
-                sync, self.layout, slot, start_N.clone(), InnerAdamW(num_values, weight_decay=0)
+                sync, self.layout, slot, start_N.clone(), InnerAdamW(start_N, weight_decay=0)
             )
             for slot in range(num_slots)
         ]
@@ -38,7 +39,8 @@ class Stage:
 
     def gradient(self, slot: SyncedSlot) -> Tensor:
         noise_N = 0.1 * torch.randn(self.layout.num_values, generator=self._generator)
-        return slot.theta_N - self.target_N - self.offsets_KN[slot.slot] + noise_N
+        pull_N = slot.theta_N - self.target_N - self.offsets_KN[slot.slot]
+        return pull_N + noise_N.to(pull_N.device)
 
     def gradients(self) -> list[Tensor]:
         return [self.gradient(slot) for slot in self.slots]

@@ -68,6 +68,19 @@ def test_the_same_seed_gives_the_same_bits(name: str) -> None:
     assert stages[0].traffic == stages[1].traffic
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", sorted(SYNC_PRESETS))
+def test_slots_on_a_gpu_train_as_on_a_cpu(name: str) -> None:
+    """As near as sums allow: one that rounds otherwise may change what is selected."""
+    on_cpu, on_gpu = Stage(sync_of(name)), Stage(sync_of(name), device="cuda")
+    for stage in (on_cpu, on_gpu):
+        stage.train(30)
+    assert {each.device.type for each in state(on_gpu)} == {"cuda"}
+    assert on_gpu.traffic == on_cpu.traffic
+    assert on_gpu.distance() == pytest.approx(on_cpu.distance(), rel=0.05)
+
+
 @pytest.mark.parametrize("name", sorted(SYNC_PRESETS))
 def test_an_exchange_that_is_rolled_back_leaves_every_bit(name: str) -> None:
     """And what is done again afterwards is what would have been done at once."""
@@ -115,7 +128,7 @@ def test_differences_of_one_step_in_full_are_plain_sgd_averaging() -> None:
 def test_gradients_in_full_are_training_on_the_mean_gradient() -> None:
     stage = Stage(Sync(codec="none"))
     theta_N = torch.zeros(stage.layout.num_values)
-    inner = InnerAdamW(stage.layout.num_values, weight_decay=0)
+    inner = InnerAdamW(theta_N, weight_decay=0)
     for _ in range(20):
         gradients = stage.gradients()
         step(stage.slots, gradients, RATE, stage.traffic)
@@ -126,7 +139,7 @@ def test_gradients_in_full_are_training_on_the_mean_gradient() -> None:
 def test_gradients_a_step_late_are_those_of_the_step_before() -> None:
     stage = Stage(Sync(codec="none", staleness=1))
     theta_N = torch.zeros(stage.layout.num_values)
-    inner = InnerAdamW(stage.layout.num_values, weight_decay=0)
+    inner = InnerAdamW(theta_N, weight_decay=0)
     late: Tensor | None = None
     for _ in range(10):
         gradients = stage.gradients()

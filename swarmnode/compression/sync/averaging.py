@@ -71,6 +71,8 @@ class Averager:
         self._feedback: dict[tuple[int, Part], ErrorFeedback] = {}
         self._open: _Open | None = None
         self._num_rejected_now = 0
+        self._device = torch.device("cpu")
+        """Where the values of the last exchange were: what comes is decoded there."""
 
     @property
     def fragment(self) -> int:
@@ -100,7 +102,7 @@ class Averager:
         """
         assert self._open is None, "one exchange at a time"
         push = Envelope(self.sync, self.layout, self.num_exchanges, state=state)
-        self._open = _Open(push)
+        self._open, self._device = _Open(push), values_N.device
         self._num_rejected_now = 0
         try:
             bodies = {
@@ -124,7 +126,7 @@ class Averager:
         pending = None if feedback is None else feedback.prepare(values, envelope.round)
         sent = into[part] = _Sent(feedback, pending, values)
         body = envelope.encode(part, values if pending is None else pending.tensor)
-        sent.decoded = envelope.decode(part, body)
+        sent.decoded = envelope.decode(part, body, values.device)
         return body
 
     def _memory(self, envelope: Envelope, part: Part) -> ErrorFeedback | None:
@@ -174,7 +176,7 @@ class Averager:
         for slot, message in pushes.items():
             if slot not in self._others:
                 raise CodecError(f"slot {slot} is none of the others in this exchange")
-            values = self._open.push.open(slot, message, parts)
+            values = self._open.push.open(slot, message, parts, self._device)
             contributions[slot] = [values[part] for part in parts]
         mean = checked_mean(contributions)
         self._num_rejected_now = len(mean.rejected)
@@ -201,7 +203,8 @@ class Averager:
             raise CodecError(f"replies of slots {sorted(messages)} instead of {sorted(owners)}")
         envelope = replace(self._open.push, kind=REPLY)
         for slot, message in sorted(messages.items()):
-            result.update(envelope.open(slot, message, self._parts_for(slot)))
+            parts = self._parts_for(slot)
+            result.update(envelope.open(slot, message, parts, self._device))
         assert set(result) == set(self.parts), "reduce first"
         return {part: result[part] for part in self.parts}
 
@@ -224,7 +227,7 @@ class Averager:
 
     def residual(self, kind: int = PUSH) -> Tensor:
         """What this slot owes, as contributor or (REPLY) as owner; zeros where nothing."""
-        owed_N = torch.zeros(self.layout.num_values)
+        owed_N = torch.zeros(self.layout.num_values, device=self._device)
         for (of, part), feedback in self._feedback.items():
             if of == kind and feedback.residual is not None:
                 owed_N[part.start : part.stop] = feedback.residual

@@ -10,12 +10,13 @@ class InnerAdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), gradients clipped by norm.
 
     Its second half can be had alone, with a momentum that others have averaged and a variance
-    that does not move any more: QAdam (Bagua), 1-bit Adam (arXiv 2102.02888).
+    that does not move any more: QAdam (Bagua), 1-bit Adam (arXiv 2102.02888). Its state is where
+    the vector is.
     """
 
     def __init__(
         self,
-        num_values: int,
+        theta_N: Tensor,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
@@ -23,8 +24,8 @@ class InnerAdamW:
         clip: float = 1.0,
     ) -> None:
         self._betas, self._weight_decay, self._clip = betas, weight_decay, clip
-        self._num_decayed = num_values if num_decayed is None else num_decayed
-        self.momentum_N, self.variance_N = torch.zeros((2, num_values))
+        self._num_decayed = len(theta_N) if num_decayed is None else num_decayed
+        self.momentum_N, self.variance_N = torch.zeros_like(theta_N), torch.zeros_like(theta_N)
         self.num_steps = 0
         self._frozen_N: Tensor | None = None
 

@@ -88,9 +88,9 @@ class Envelope:
         """A part's bytes. Raises: CodecError if a value cannot be coded."""
         return self._codec(part).encode(values.view(part.shape))
 
-    def decode(self, part: Part, body: Payload) -> Tensor:
+    def decode(self, part: Part, body: Payload, device: torch.device) -> Tensor:
         """A part's values, in one row. Raises: CodecError."""
-        return self._codec(part).decode(body, part.shape, torch.float32).view(-1)
+        return self._codec(part).decode(body, part.shape, torch.float32, device).view(-1)
 
     def seal(self, sender: int, bodies: Sequence[bytearray]) -> bytes:
         """The message with these parts' bytes."""
@@ -98,7 +98,9 @@ class Envelope:
         crc = zlib.crc32(body, zlib.crc32(self._header(sender, 0)))
         return self._header(sender, crc) + body
 
-    def open(self, sender: int, message: Payload, parts: Sequence[Part]) -> Mapping[Part, Tensor]:
+    def open(
+        self, sender: int, message: Payload, parts: Sequence[Part], device: torch.device
+    ) -> Mapping[Part, Tensor]:
         """The values of each part. Raises: CodecError for all that `seal` cannot have written."""
         view = memoryview(message).cast("B")
         if len(view) != self.num_bytes(parts):
@@ -110,6 +112,6 @@ class Envelope:
         values, start = {}, 0
         for part in parts:
             stop = start + self.part_bytes(part)
-            values[part] = self.decode(part, body[start:stop])
+            values[part] = self.decode(part, body[start:stop], device)
             start = stop
         return values

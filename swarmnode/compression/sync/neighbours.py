@@ -60,7 +60,7 @@ class NeighbourSync:
         bodies = [envelope.encode(part, value_N[part.start : part.stop]) for part in self._parts]
         self._own_N = torch.empty_like(theta_N)
         for part, body in zip(self._parts, bodies, strict=True):
-            self._own_N[part.start : part.stop] = envelope.decode(part, body)
+            self._own_N[part.start : part.stop] = envelope.decode(part, body, theta_N.device)
         if not self.mirrors:
             self._own_N = value_N  # no need to lose anything of the own ones
         self._open = envelope
@@ -100,7 +100,8 @@ class NeighbourSync:
             raise CodecError(f"messages of slots {sorted(messages)} instead of {self.neighbours}")
         received = {self._slot: self._own_N}
         for slot, message in sorted(messages.items()):
-            values = self._envelope_of(slot).open(slot, message, self._parts)
+            envelope = self._envelope_of(slot)
+            values = envelope.open(slot, message, self._parts, self._own_N.device)
             received[slot] = torch.cat([values[part] for part in self._parts])
         if not self.mirrors:
             self._result_N = self._mixed(self._own_N, received, self._own_N)

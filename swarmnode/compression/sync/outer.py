@@ -17,7 +17,7 @@ from swarmnode.sync_specs import Outer, Sync
 class OuterMomentum:
     """SGD on the anchor, with the mean difference as its gradient. Changes nothing until kept."""
 
-    def __init__(self, outer: Outer, num_values: int, device: str = "cpu") -> None:
+    def __init__(self, outer: Outer, num_values: int, device: torch.device) -> None:
         self._outer = outer
         self.momentum_N = torch.zeros(num_values if outer.momentum else 0, device=device)
 
@@ -64,9 +64,11 @@ class DifferenceSync:
     def __init__(self, sync: Sync, layout: Layout, slot: int, theta_N: Tensor) -> None:
         self.averager = Averager(sync, layout, slot)
         self.anchor_N = theta_N.clone()
-        self._outer = OuterMomentum(sync.outer, layout.num_values)
+        self._outer = OuterMomentum(sync.outer, layout.num_values, theta_N.device)
         self._keeps_late = sync.staleness == 1 and sync.memory != "weights" and not sync.blend
-        self._late_N = torch.zeros(layout.num_values if self._keeps_late else 0)
+        self._late_N = torch.zeros(
+            layout.num_values if self._keeps_late else 0, device=theta_N.device
+        )
         self._base: dict[Part, Tensor] = {}
         self._moves: dict[Part, Tensor] = {}
         self._momentum: dict[Part, Tensor] = {}

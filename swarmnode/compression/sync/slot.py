@@ -30,7 +30,6 @@ class GradientSync:
     def __init__(self, sync: Sync, layout: Layout, slot: int, inner: InnerAdamW) -> None:
         self.averager = Averager(sync, layout, slot)
         self._inner = inner
-        self._num_values = layout.num_values
         self._mean: dict[Part, Tensor] = {}
 
     @property
@@ -50,7 +49,7 @@ class GradientSync:
         self._mean = self.averager.receive(messages)
 
     def commit(self, theta_N: Tensor, rate: float) -> None:
-        mean_N = torch.empty(self._num_values)
+        mean_N = torch.empty_like(theta_N)
         for part, each in self._mean.items():
             mean_N[part.start : part.stop] = each
         step = self._inner.step_with if self._sends_momentum else self._inner.step

@@ -34,7 +34,7 @@ class OuterOptimizer:
             stop = start + parameter.numel()
             self._parts[name] = Part(start, stop, (stop - start,), 0, 0, is_small=False)
             start = stop
-        device = str(next(iter(self._parameters.values())).device)
+        device = next(iter(self._parameters.values())).device
         self._momentum = OuterMomentum(outer, start, device)
         self.moment_names: tuple[str, ...] = OUTER_MOMENTS if outer.momentum else ()
 
