@@ -88,12 +88,15 @@ class LinkCodecs:
         """A step is committed: what the links of the plan have to carry, where it is known.
 
         `computing_s` is what the slowest machine computes in a step. A new generation begins
-        without what was seen in the one before.
+        without what was seen in the one before. Of a sender's links one changes at a time: `loads`
+        do not know of it yet, and with it the others may do as they are.
         """
         if generation != self._generation:
             self._generation = generation
             self._urges.clear()
         before, self._urges = self._urges, {}
+        changed: set[PeerId] = set()
+        """Senders of which a link has."""
         for link, load in sorted(loads.items()):
             level = self.level(link)
             wish = self._wish(level, load.busy_s, computing_s, steps_left)
@@ -104,9 +107,11 @@ class LinkCodecs:
                 urge = _Urge(is_coarser, now_s, 0)
             self._urges[link] = urge = replace(urge, num_steps=urge.num_steps + 1)
             is_long = now_s - urge.since_s >= self._patience_s(link, is_coarser=is_coarser)
-            if is_long and urge.num_steps >= LEAST_STEPS:
+            sender, _ = link
+            if is_long and urge.num_steps >= LEAST_STEPS and sender not in changed:
                 del self._urges[link]
                 self._change(link, wish)
+                changed.add(sender)
 
     def forget(self, peer: PeerId) -> None:
         """The peer is gone; when it comes back it may be on another line."""

@@ -227,6 +227,38 @@ def test_a_link_is_left_alone_where_another_of_the_same_sender_is_the_slow_one()
     assert (some.level((A, B)), some.level((A, C))) == (2, 0)
 
 
+class TwoLinks:
+    """Equal links of one sender to B and C, which share its line, beside a second of computing."""
+
+    LINKS: tuple[Link, Link] = ((A, B), (A, C))
+
+    def __init__(self) -> None:
+        self.choice = choice(CodecConfig.model_validate({"preset": "home"}))
+        self.now_s = 0.0
+
+    def last(self, seconds: int, one_s: float) -> list[int]:
+        """A link at the job's own codecs takes the line `one_s` a step; the levels of the two."""
+        for _ in range(seconds):
+            self.now_s += 1.0
+            levels = [self.choice.level(link) for link in self.LINKS]
+            loads = {
+                link: LineLoad(tuple(one_s * (share + (1.0, 0.55)[other]) for share in (1.0, 0.55)))
+                for link, other in zip(self.LINKS, reversed(levels), strict=True)
+            }
+            self.choice.see(ONE, loads, 1.0, 1_000_000, self.now_s)
+        return [self.choice.level(link) for link in self.LINKS]
+
+
+def test_of_two_equal_links_one_becomes_coarser_where_one_is_enough() -> None:
+    assert TwoLinks().last(600, one_s=0.7) == [1, 0]
+
+
+def test_where_one_is_not_enough_the_other_one_follows_and_finer_goes_one_at_a_time_too() -> None:
+    links = TwoLinks()
+    assert links.last(600, one_s=0.8) == [1, 1]
+    assert links.last(600, one_s=0.45) == [0, 1], "both finer would be busy for 0.9"
+
+
 def test_a_level_that_saves_nothing_on_a_link_is_passed_over() -> None:
     some = choice(CodecConfig(activation="bf16", activation_gradient="int8"))
     assert [level.preset for level in some.levels] == ["", "home", "slow"]
