@@ -7,7 +7,7 @@ import pytest
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.disputes import Disputes
-from swarmnode.domain import Generation, JobId, PeerId
+from swarmnode.domain import Generation, JobId, PeerId, SlotId
 from swarmnode.messages import Applied, Assign, Failed
 from tests.coordinator.bench import Bench, histories, manifest
 
@@ -210,5 +210,31 @@ def test_a_value_that_is_not_finite_on_one_machine_alone_costs_it_its_slots_and_
     bench.forget_messages()
     message = Failed(bench.ledger.job, bench.ledger.generation, "not finite", is_diverged=True)
     bench.feed(on.Heard(culprit, message))
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+
+
+def test_for_a_change_that_follows_from_nothing_nobody_loses_its_slots_at_first() -> None:
+    """The history may be wrong on either end; the second time in a row, there is none."""
+    bench = Bench(manifest(steps=STEPS), "abcd").start()
+    bench.run(until="training")
+    before = bench.ledger.plan
+    assert before is not None
+    (reporter, culprit), failures = (before.slots[0][0], before.slots[1][0]), []
+    for _ in range(2):
+        bench.run(until="training")
+        plan = bench.ledger.plan
+        assert plan is not None
+        bench.forget_messages()
+        said = Failed(
+            bench.ledger.job, plan.generation, "does not follow",
+            blames=SlotId(1, 0), is_mismatch=True,
+        )  # fmt: skip
+        bench.feed(on.Heard(reporter, said))
+        failures.append((plan.slots, bench.ledger.pool.usable(bench.now_s)))
+    (_, after_first), (slots, after_second) = failures
+    assert slots == before.slots, "the next generation has the same hosts"
+    assert {reporter, culprit} <= {advert.peer for advert in after_first}
+    assert {reporter} == {reporter, culprit} & {advert.peer for advert in after_second}
     bench.run()
     assert bench.commits() == list(range(STEPS))

@@ -259,32 +259,6 @@ def test_who_is_blamed_for_a_failure_is_who_loses_its_slots() -> None:
     assert bench.ledger.reason.startswith(f"{culprit}: not finite")
 
 
-def test_for_a_change_that_follows_from_nothing_nobody_loses_its_slots_at_first() -> None:
-    """The history may be wrong on either end; the second time in a row, there is none."""
-    bench = Bench(manifest(steps=STEPS), "abcd").start()
-    bench.run(until="training")
-    before = bench.ledger.plan
-    assert before is not None
-    (reporter, culprit), failures = (before.slots[0][0], before.slots[1][0]), []
-    for _ in range(2):
-        bench.run(until="training")
-        plan = bench.ledger.plan
-        assert plan is not None
-        bench.forget_messages()
-        said = Failed(
-            bench.ledger.job, plan.generation, "does not follow",
-            blames=SlotId(1, 0), is_mismatch=True,
-        )  # fmt: skip
-        bench.feed(on.Heard(reporter, said))
-        failures.append((plan.slots, bench.ledger.pool.usable(bench.now_s)))
-    (_, after_first), (slots, after_second) = failures
-    assert slots == before.slots, "the next generation has the same hosts"
-    assert {reporter, culprit} <= {advert.peer for advert in after_first}
-    assert {reporter} == {reporter, culprit} & {advert.peer for advert in after_second}
-    bench.run()
-    assert bench.commits() == list(range(STEPS))
-
-
 def test_a_job_that_nobody_can_do_fails_with_the_reason() -> None:
     bench = Bench(manifest(steps=STEPS), "abcd").start()
     for moment in range(200):
