@@ -1,17 +1,21 @@
 """The journal of one job: append-only lines, each with its own checksum, fsynced one by one.
 
 A line is `crc32 (8 hex digits) space JSON newline`. Reading stops at the first line that is
-incomplete or damaged: a torn tail is what a crash leaves, and what was never acknowledged.
+incomplete or damaged: a torn tail is what a crash leaves, and what was never acknowledged. Where
+whole lines follow, they were acknowledged: then the file is damaged, and nobody goes on from it.
 Lines that newer checkpoints made superfluous are folded into a few; these count for all of them, so
 that the number of a line never changes.
 """
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from swarmnode.coordinator.events import (
     Record,
     StartedRecord,
 )
+from swarmnode.errors import SwarmError
 from swarmnode.failpoints import hit
 from swarmnode.home import write_durably
 from swarmnode.messages import (
@@ -42,6 +47,24 @@ MAX_TOLD = 4096
 
 _RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Record.__args__}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {n: TypeAdapter(k) for n, k in _RECORDS.items()}
+_BEGIN = re.compile(rb"[0-9a-f]{8} ")
+"""What every line begins with."""
+
+
+@dataclass(eq=False)
+class JournalDamagedError(SwarmError):
+    """A journal has lines that cannot be read, and not just a torn tail. Leave the file as it is or
+    set it aside; do not go on from what comes before them: somebody may have the whole of it."""
+
+    path: str
+    number: int
+    """Of the line in the file; the first is 1."""
+
+    def __str__(self) -> str:
+        return (
+            f"line {self.number} of {self.path} is damaged or of a newer version, and no torn "
+            "tail: the file is kept, and nothing goes on from it here"
+        )
 
 
 class Journal:
@@ -50,9 +73,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Open or create the journal; a torn tail is cut off, and what is left is on the disk: an
         earlier life may have ended between a line and its fsync. Older versions folded into one
-        line, however long; it is cut into lines that fit a message. Raises: OSError."""
+        line, however long; it is cut into lines that fit a message.
+
+        Raises: OSError, JournalDamagedError; the file is as it was then."""
         self._path = path
-        rows = list(_rows(path))
+        rows = _whole_rows(path)
         whole = _in_pieces([record for record, _ in rows])
         if len(whole) > len(rows):
             write_durably(path, b"".join(map(_line, whole)))
@@ -118,7 +143,9 @@ class Journal:
             yield first, held
 
     def fold_if_long(self) -> None:
-        """Rewrite the file without what no catching-up worker and no checkpoint needs any more."""
+        """Rewrite the file without what no catching-up worker and no checkpoint needs any more.
+
+        Raises: OSError, JournalDamagedError; the file is as it was then."""
         if len(self._stops) <= FOLD_AT_LINES:
             return
         folded = fold_file(self._path)
@@ -134,8 +161,11 @@ class Journal:
 
 
 def fold_file(path: Path) -> list[Record]:
-    """Fold a journal that nobody has open for writing, in one piece; its records then."""
-    folded = fold(read_journal(path)[0])
+    """Fold a journal that nobody has open for writing, in one piece; its records then.
+
+    Raises: OSError, JournalDamagedError; the file is as it was then.
+    """
+    folded = fold(read_whole_journal(path)[0])
     write_durably(path, b"".join(map(_line, folded)))
     return folded
 
@@ -204,6 +234,21 @@ def read_journal(path: Path) -> tuple[list[Record], int]:
     return [record for record, _ in rows], rows[-1][1] if rows else 0
 
 
+def read_whole_journal(path: Path) -> tuple[list[Record], int]:
+    """As `read_journal`, of a file whose tail may be torn, but that is not damaged otherwise.
+
+    Raises: OSError, JournalDamagedError.
+    """
+    rows = _whole_rows(path)
+    return [record for record, _ in rows], rows[-1][1] if rows else 0
+
+
+def set_aside(path: Path) -> None:
+    """Keep a damaged journal under another name: whole lines in it may be nowhere else."""
+    names = (f"{path.name}.damaged-{number}" for number in itertools.count(1))
+    path.replace(next(to for name in names if not (to := path.with_name(name)).exists()))
+
+
 def count_lines(records: Sequence[Record]) -> int:
     """How many lines these stand for."""
     return sum(map(_count, records))
@@ -211,15 +256,20 @@ def count_lines(records: Sequence[Record]) -> int:
 
 def parse_line(line: bytes) -> Record | None:
     """The record of one line, None if the line is torn, damaged or of another version."""
-    crc, _, text = line.rstrip(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+    if not _is_intact(line):
         return None
     try:
-        body = json.loads(text)
+        body = json.loads(line[9:])
         record: Record = _ADAPTERS[body.pop("t")].validate_python(body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return record
+
+
+def _is_intact(line: bytes) -> bool:
+    """Whether the line is as somebody wrote it, of whatever version."""
+    crc, _, text = line.rstrip(b"\n").partition(b" ")
+    return line.endswith(b"\n") and crc == b"%08x" % zlib.crc32(text)
 
 
 def _line(record: Record) -> bytes:
@@ -237,6 +287,19 @@ def _numbers(records: Sequence[Record]) -> list[int]:
     for record in records:
         numbers.append((numbers[-1] if numbers else 0) + _count(record))
     return numbers
+
+
+def _whole_rows(path: Path) -> list[tuple[Record, int]]:
+    """As `_rows`. Raises: JournalDamagedError if something intact follows."""
+    rows = list(_rows(path))
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(rows[-1][1] if rows else 0)
+            for line in file:  # behind a damaged newline an intact line is part of another
+                begins = (found.start() for found in _BEGIN.finditer(line))
+                if any(_is_intact(line[begin:]) for begin in begins):
+                    raise JournalDamagedError(str(path), len(rows) + 1)
+    return rows
 
 
 def _rows(path: Path) -> Iterator[tuple[Record, int]]:

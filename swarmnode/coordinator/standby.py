@@ -4,15 +4,19 @@ import contextlib
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from swarmnode.coordinator.events import CheckpointRecord, EndRecord, Record, StartedRecord
 from swarmnode.coordinator.journal import (
     FOLD_AT_LINES,
+    JournalDamagedError,
     count_lines,
     fold_file,
     parse_line,
     read_journal,
+    read_whole_journal,
+    set_aside,
 )
 from swarmnode.domain import JobId
 
@@ -28,12 +32,14 @@ class StandbyJournals:
     A coordinator that begins to tell its journal again, from line 0, fills a second copy; that
     one takes the first one's place once it is of a later generation, or of the same and as long:
     nothing is forgotten on the way. Long copies are folded at a checkpoint, as the journal itself.
+    A damaged copy is set aside: it counts for nothing until the journal is told again.
     May be used in any thread: what is done to one copy is done in turn.
     Raises: OSError where the disk is full or broken.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, log: Callable[..., None] = lambda *_, **__: None) -> None:
         self._directory = directory
+        self._log = log
         self._counts: dict[Path, int] = {}
         """Lines that a copy tells of, the folded ones included."""
         self._lengths: dict[Path, int] = {}
@@ -81,7 +87,7 @@ class StandbyJournals:
             os.fsync(file.fileno())
         self._counts[target] = number + count_lines(records)
         self._lengths[target] += len(records)
-        if target == again and _recency(again) >= _recency(path):
+        if target == again and self._recency(again) >= self._recency(path):
             again.replace(path)
             self._counts[path] = self._counts.pop(again)
             self._lengths[path] = self._lengths.pop(again)
@@ -89,7 +95,10 @@ class StandbyJournals:
         if told:
             self._newest[job] = told[-1]
         if told and self._lengths.get(path, 0) > FOLD_AT_LINES:
-            self._lengths[path] = len(fold_file(path))
+            try:
+                self._lengths[path] = len(fold_file(path))
+            except JournalDamagedError as error:
+                self._set_aside(path, error)
         return records
 
     def checkpoints(self) -> dict[JobId, list[CheckpointRecord]]:
@@ -144,7 +153,11 @@ class StandbyJournals:
 
     def _count(self, path: Path) -> int:
         if path not in self._counts:
-            records, whole_bytes = read_journal(path)
+            try:
+                records, whole_bytes = read_whole_journal(path)
+            except JournalDamagedError as error:
+                self._set_aside(path, error)
+                return 0
             if path.exists():
                 with path.open("r+b") as file:  # an earlier life may have left a torn tail, and
                     file.truncate(whole_bytes)  # lines that were not on the disk yet
@@ -152,9 +165,17 @@ class StandbyJournals:
             self._counts[path], self._lengths[path] = count_lines(records), len(records)
         return self._counts[path]
 
+    def _set_aside(self, path: Path, error: JournalDamagedError) -> None:
+        set_aside(path)
+        self._log("copy of a journal set aside", reason=str(error))
+        self._counts[path] = self._lengths[path] = 0
 
-def _recency(path: Path) -> tuple[int, int]:
-    """(generation, lines): of two copies the one with more of it knows better."""
-    records, _ = read_journal(path)
-    begun = [record.generation for record in records if isinstance(record, StartedRecord)]
-    return max(begun, default=0), count_lines(records)
+    def _recency(self, path: Path) -> tuple[int, int]:
+        """(generation, lines): of two copies the one with more of it knows better."""
+        try:
+            records, _ = read_whole_journal(path)
+        except JournalDamagedError as error:
+            self._set_aside(path, error)
+            return 0, 0
+        begun = [record.generation for record in records if isinstance(record, StartedRecord)]
+        return max(begun, default=0), count_lines(records)

@@ -117,3 +117,42 @@ def test_a_job_that_is_over_leaves_nothing(tmp_path: Path) -> None:
     standby.drop(JOB)
     assert standby.num_lines(JOB) == 0
     assert not standby.path(JOB).parent.exists()
+
+
+def test_a_damaged_copy_is_kept_aside_and_counts_for_nothing_until_it_is_told_again(
+    tmp_path: Path,
+) -> None:
+    data = b"".join(lines_of(tmp_path / "journal", [4.0, 3.0, 2.0, 1.0]))
+    path = StandbyJournals(tmp_path / "standby").path(JOB)
+    StandbyJournals(tmp_path / "standby").take(JOB, 0, data)
+    damaged = [data.replace(b"3.0", b"3.1"), data.replace(b"2.0", b"2.1")]
+    said: list[str] = []
+    for copy in damaged:
+        path.write_bytes(copy)
+        again = StandbyJournals(tmp_path / "standby", lambda _, reason: said.append(reason))
+        assert again.num_lines(JOB) == 0
+        assert not path.exists()
+    assert [path.with_name(f"journal.damaged-{n}").read_bytes() for n in (1, 2)] == damaged
+    assert [f"line {n} of {path}" in reason for n, reason in zip((2, 3), said, strict=True)] == [
+        True,
+        True,
+    ]
+    assert len(again.take(JOB, 0, data)) == 4
+    assert again.num_lines(JOB) == 4
+    assert path.read_bytes() == data
+
+
+def test_what_is_told_again_takes_no_damaged_copys_place_for_good(tmp_path: Path) -> None:
+    """It may be less than what the copy had before a bit of it flipped."""
+    lines = lines_of(tmp_path / "journal", [4.0, 3.0, 2.0, 1.0])
+    standby = StandbyJournals(tmp_path / "standby")
+    standby.take(JOB, 0, b"".join(lines))
+    path = standby.path(JOB)
+    damaged = b"".join(lines).replace(b"3.0", b"3.1")
+    path.write_bytes(damaged)
+    assert len(standby.take(JOB, 0, b"".join(lines[:2]))) == 2
+    assert path.with_name("journal.damaged-1").read_bytes() == damaged
+    assert path.read_bytes() == b"".join(lines[:2])
+    assert standby.num_lines(JOB) == 2
+    standby.take(JOB, 2, b"".join(lines[2:]))
+    assert losses_of(standby) == [4.0, 3.0, 2.0, 1.0]
