@@ -299,7 +299,7 @@ class Services:
 
     async def _num_lines(self, job: JobId) -> int:
         """Lines of a job's journal that this node knows, as its coordinator or as a voter."""
-        return max(await self.succession.num_lines(job), self.coordinator.num_lines(job))
+        return max(await self.succession.num_lines(job), await self.coordinator.num_lines(job))
 
     def _observe_transfer(self, peer: PeerId, num_bytes: int, seconds: float) -> None:
         self._table.observe_transfer(peer, num_bytes, seconds, time.monotonic())

@@ -138,7 +138,7 @@ def _readable_in(folder: Path) -> Iterator[Checkpoint]:
 
 def _export_from(folder: Path, directory: Path, step: int | None) -> int:
     from swarmnode.coordinator.checkpoints import tokenizer_files
-    from swarmnode.coordinator.service import TOKENIZER_FOLDER
+    from swarmnode.coordinator.job_files import TOKENIZER_FOLDER
 
     if (folder / MANIFEST_FILE).exists():
         raise DataError(f"{folder} stands alone already: copy it")

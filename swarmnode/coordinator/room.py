@@ -27,7 +27,7 @@ def full_disk(error: BaseException) -> OSError | None:
 async def when_there_is_room(
     directory: Path,
     failure: OSError,
-    again: Callable[[], None],
+    again: Callable[[], Awaitable[None]],
     say: Callable[[str], Awaitable[None]],
 ) -> None:
     """Call `again` as soon as the disk of `directory` is not full any more, until it succeeds.
@@ -43,7 +43,7 @@ async def when_there_is_room(
         await asyncio.sleep(ROOM_S)
         try:
             await asyncio.to_thread(_claim, directory)
-            again()
+            await again()
         except (SwarmError, OSError) as error:
             still = full_disk(error)
             if still is None:

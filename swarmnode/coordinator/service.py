@@ -1,11 +1,11 @@
 """The coordinator side of a node: takes jobs, runs them, brings them back after a restart."""
 
 import asyncio
-import json
+import shutil
 import tempfile
-import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Set
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,26 @@ from typing import Any
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.checkpoints import CheckpointDesk
 from swarmnode.coordinator.head import Head
-from swarmnode.coordinator.journal import Journal, read_journal
+from swarmnode.coordinator.job_files import (
+    JOB_FILE,
+    LEASE_FILE,
+    TOKENIZER_FOLDER,
+    JobFiles,
+    OpenFiles,
+)
+from swarmnode.coordinator.journal import JournalDamagedError, read_whole_journal, set_aside
 from swarmnode.coordinator.ledger import Ledger
-from swarmnode.coordinator.retention import Retention, chunks_of
+from swarmnode.coordinator.retention import Retention
 from swarmnode.coordinator.room import full_disk, when_there_is_room
 from swarmnode.coordinator.runner import JobRunner, RunnerTools
 from swarmnode.coordinator.solver.fill import solve
 from swarmnode.coordinator.solver.request import GridRequest, Swarm
 from swarmnode.coordinator.standby import JOURNAL_FILE, StandbyJournals
-from swarmnode.coordinator.submission import FactsOf, prepare, unpack_folder
-from swarmnode.coordinator.tenure import Tenure
+from swarmnode.coordinator.submission import FactsOf, prepare
 from swarmnode.domain import JobId, ModelFacts, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
 from swarmnode.home import write_durably
-from swarmnode.manifest import JobFile, Manifest, PlacementConfig, check, parse_job
+from swarmnode.manifest import JobFile, Manifest, PlacementConfig, parse_job
 from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.session import first_error
 from swarmnode.p2p.states import (
@@ -38,10 +44,7 @@ from swarmnode.p2p.states import (
 )
 from swarmnode.papers import Papers
 from swarmnode.tensorfiles import read_header
-from swarmnode.tokenizer import TextTokenizer, load_tokenizer
-
-JOB_FILE, LEASE_FILE, TOKENIZER_FOLDER = "job.json", "lease", "tokenizer"
-OpenFiles = tuple[Ledger, Journal, Tenure]
+from swarmnode.tokenizer import TextTokenizer
 
 
 @dataclass
@@ -82,8 +85,13 @@ class CoordinatorService:
         self._group = group
         self._facts_of = facts_of
         self._jobs: dict[JobId, RunningJob] = {}
+        self._opening: defaultdict[JobId, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """Held while a thread writes or opens a job's files, and while they are deleted."""
+        self._is_restored = asyncio.Event()
+        self._not_restored: dict[JobId, str] = {}
+        """Jobs of earlier lives that do not go on here, and why."""
         self.checkpoints = CheckpointDesk(identity, tools.store, lambda: self.jobs, tools.log)
-        self.standby = StandbyJournals(directory / "standby")
+        self.standby = StandbyJournals(directory / "standby", tools.log)
         self.retention = Retention(
             tools.store, directory, lambda: self.jobs, self.checkpoints, self.standby, tools.log
         )
@@ -106,6 +114,9 @@ class CoordinatorService:
         ]
         if len(matching) == 1:
             return matching[0]
+        for key, reason in self._not_restored.items():
+            if len(name) >= 4 and key.startswith(name):
+                raise NotFoundError(f"job {key} was not restored: {reason}")
         known = ", ".join(f"{job.manifest.job} ({job.manifest.name})" for job in self.jobs)
         raise NotFoundError(f"no job {name!r:.80} here; known: {known or 'none'}")
 
@@ -137,14 +148,22 @@ class CoordinatorService:
             )
         manifest, facts = prepared.manifest, prepared.facts
         solve(self._tools.peers(), facts, manifest)  # refuses now what could not start
-        canonical = manifest.canonical()
-        directory = self._directory / manifest.job
-        directory.mkdir(parents=True)
-        signature = self._identity.sign(canonical)
-        self._write_job(directory, canonical, signature, facts, job.model.path or job.model.resume)
-        self._start(manifest, facts, signature, directory)
+        signature = self._identity.sign(manifest.canonical())
+        weights = job.model.path or job.model.resume
+        files = JobFiles(self._directory / manifest.job, manifest, signature, facts, weights)
+        self._start(files, *await asyncio.to_thread(self._laid_down, files))
         self._jobs[manifest.job].notes = prepared.notes
         return manifest.job
+
+    def _laid_down(self, files: JobFiles) -> tuple[TextTokenizer, OpenFiles]:
+        """Write and open a new job's files; none stay if that fails. Raises: SwarmError, OSError"""
+        files.directory.mkdir(parents=True)
+        try:
+            files.write()
+            return self._opened(files)
+        except BaseException:
+            shutil.rmtree(files.directory, ignore_errors=True)
+            raise
 
     async def _decide_grid(self, job: JobFile, facts: ModelFacts) -> PlacementConfig:
         """What the job leaves open of its grid, for who is here; the solver decides."""
@@ -157,50 +176,52 @@ class CoordinatorService:
     async def restore(self) -> None:
         """Start again every job that an earlier life of this node had not ended."""
         for path in sorted(self._directory.glob(f"*/{JOB_FILE}")):
+            job = JobId(path.parent.name)
             try:
-                start = await self._saved(path)
+                files = await asyncio.to_thread(JobFiles.read, path.parent)
+                if files.manifest.model.weights is not None and files.weights_path:
+                    await asyncio.to_thread(self._offer_weights, Path(files.weights_path))
                 try:
-                    start()
+                    await self._take_up(files)
                 except (SwarmError, OSError) as error:
                     if (full := full_disk(error)) is None:
                         raise
-                    waiting = self._start_later(path.parent, full, start)
-                    self._group.create_task(waiting, name=f"room for {path.parent.name}")
+                    waiting = self._take_up_later(files, full)
+                    self._group.create_task(waiting, name=f"room for {job}")
             except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
-                self._tools.log("job not restored", path=str(path), reason=str(error))
+                self._leave_out(job, error)
+        self._is_restored.set()
         self._group.create_task(self.checkpoints.run(), name="checkpoints")
 
-    async def _saved(self, path: Path) -> Callable[[], None]:
-        """How to start what `_write_job` wrote. Raises: SwarmError, OSError, ValueError, KeyError,
-        TypeError."""
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        manifest = check(Manifest, saved["manifest"], str(path))
-        facts = ModelFacts(**saved["facts"])
-        if manifest.model.weights is not None and saved["weights_path"]:
-            await asyncio.to_thread(self._offer_weights, Path(saved["weights_path"]))
-        signature = bytes.fromhex(saved["signature"])
-        return partial(self._start, manifest, facts, signature, path.parent)
+    async def _take_up(self, files: JobFiles) -> None:
+        """Go on with a job of an earlier life, unless it has been taken over meanwhile."""
+        job = files.manifest.job
+        async with self._opening[job]:
+            if job not in self._jobs:
+                self._start(files, *await asyncio.to_thread(self._opened, files))
 
-    async def _start_later(
-        self, directory: Path, failure: OSError, start: Callable[[], None]
-    ) -> None:
-        """Start a job as soon as its disk has room for what that writes."""
-        job = JobId(directory.name)
+    async def _take_up_later(self, files: JobFiles, failure: OSError) -> None:
+        """Go on with a job as soon as its disk has room for what that writes."""
+        job = files.manifest.job
 
         async def say(reason: str) -> None:
             self._tools.log("job waits for room", job=job, reason=reason)
 
-        def start_once() -> None:
-            if job not in self._jobs:  # it may have been taken over meanwhile
-                start()
-
         try:
-            await when_there_is_room(directory, failure, start_once, say)
+            await when_there_is_room(files.directory, failure, partial(self._take_up, files), say)
         except Exception as error:  # as in `restore`
-            self._tools.log("job not restored", path=str(directory), reason=str(error))
+            self._leave_out(job, error)
 
-    def num_lines(self, job: JobId) -> int:
-        """Lines of the journal of a job that is coordinated here; else 0."""
+    def _leave_out(self, job: JobId, error: Exception) -> None:
+        """What an earlier life left of a job cannot be used: its voters go on without this node."""
+        self._not_restored[job] = str(error)
+        path = str(self._directory / job)
+        self._tools.log("job not restored", path=path, reason=str(error))
+
+    async def num_lines(self, job: JobId) -> int:
+        """Lines of the journal of a job that is coordinated here, as soon as that is known; else
+        0."""
+        await self._is_restored.wait()
         running = self._jobs.get(job)
         return 0 if running is None or running.ledger.is_over else running.runner.num_lines
 
@@ -209,43 +230,37 @@ class CoordinatorService:
         jobs = [job.ledger for job in self.jobs]
         return tuple(led.job for led in jobs if not led.is_over or led.job in unfollowed)
 
-    def take_over(self, papers: Papers) -> None:
+    async def take_over(self, papers: Papers) -> None:
         """Stand for election as the coordinator of a job whose own is gone.
 
         Raises: SwarmError, OSError if we lack what a coordinator needs.
         """
         job = papers.manifest.job
-        running = self._jobs.get(job)
-        if running is not None and not running.ledger.is_over:
-            return
+        async with self._opening[job]:
+            running = self._jobs.get(job)
+            if running is None or running.ledger.is_over:
+                self._start(*await asyncio.to_thread(self._inherited, papers))
+
+    def _inherited(self, papers: Papers) -> tuple[JobFiles, TextTokenizer, OpenFiles]:
+        """The files of a job that others coordinated, with our copy of its journal."""
+        job = papers.manifest.job
         source = self.standby.path(job)
-        first = next(
-            (r for r in read_journal(source)[0] if isinstance(r, on.SubmittedRecord)), None
-        )
+        records, _ = read_whole_journal(source)
+        first = next((r for r in records if isinstance(r, on.SubmittedRecord)), None)
         if first is None:
             raise SwarmError(f"the journal of job {job} has not arrived")
         directory = self._directory / job
         directory.mkdir(parents=True, exist_ok=True)
-        write_durably(directory / JOURNAL_FILE, source.read_bytes())
+        journal = directory / JOURNAL_FILE
+        try:
+            read_whole_journal(journal)  # of an earlier life, in which we coordinated it
+        except (JournalDamagedError, OSError):
+            set_aside(journal)
+        write_durably(journal, source.read_bytes())
         write_durably(directory / LEASE_FILE, papers.lease)
-        self._write_job(directory, papers.canonical, papers.signature, first.facts, None)
-        self._start(papers.manifest, first.facts, papers.signature, directory)
-
-    def _write_job(
-        self,
-        directory: Path,
-        canonical: bytes,
-        signature: bytes,
-        facts: ModelFacts,
-        weights_path: str | None,
-    ) -> None:
-        saved = {
-            "manifest": json.loads(canonical),
-            "signature": signature.hex(),
-            "facts": asdict(facts),
-            "weights_path": weights_path,
-        }
-        write_durably(directory / JOB_FILE, json.dumps(saved, indent=1).encode())
+        files = JobFiles(directory, papers.manifest, papers.signature, first.facts)
+        files.write()
+        return files, *self._opened(files)
 
     def _offer_weights(self, folder: Path) -> None:
         """Serve the folder that a job started from again; without it a checkpoint must do."""
@@ -256,49 +271,27 @@ class CoordinatorService:
         else:
             self._tools.store.add_ranges(ranges)
 
-    def _start(
-        self, manifest: Manifest, facts: ModelFacts, signature: bytes, directory: Path
-    ) -> None:
-        store, switch = self._tools.store, self._tools.switch
-        tokenizer_directory = directory / TOKENIZER_FOLDER
-        unpack_folder(store.read(manifest.tokenizer), tokenizer_directory)
-        tokenizer = load_tokenizer(tokenizer_directory)
-        open_files = partial(self._open_files, manifest, facts, signature, directory)
-        runner = JobRunner(*open_files(), manifest.canonical(), self._tools)
+    def _opened(self, files: JobFiles) -> tuple[TextTokenizer, OpenFiles]:
+        """What a runner needs; waits for the disk. Raises: SwarmError, OSError."""
+        store = self._tools.store
+        return files.tokenizer(store), files.open(self._identity, store)
+
+    def _start(self, files: JobFiles, tokenizer: TextTokenizer, opened: OpenFiles) -> None:
+        manifest, tools = files.manifest, self._tools
+        runner = JobRunner(*opened, manifest.canonical(), tools)
 
         def serving_plan() -> Plan | None:
             ledger = runner.ledger
             is_placed = ledger.phase in ("training", "evaluating", "saving", "serving")
             return ledger.plan if is_placed else None
 
-        head = Head(manifest.job, switch, serving_plan)
-        self._jobs[manifest.job] = RunningJob(runner, manifest, facts, directory, tokenizer, head)
-        self._group.create_task(
-            self._run(runner, directory, open_files), name=f"job {manifest.job}"
-        )
+        head = Head(manifest.job, tools.switch, serving_plan)
+        job = RunningJob(runner, manifest, files.facts, files.directory, tokenizer, head)
+        self._jobs[manifest.job] = job
+        self._not_restored.pop(manifest.job, None)
+        self._group.create_task(self._run(runner, files), name=f"job {manifest.job}")
 
-    def _open_files(
-        self, manifest: Manifest, facts: ModelFacts, signature: bytes, directory: Path
-    ) -> OpenFiles:
-        """A job as its files tell it."""
-        me = self._identity.peer
-        tenure = Tenure(
-            directory / LEASE_FILE, manifest.job, manifest.submitter, me, self._identity.sign
-        )
-        journal = Journal(directory / JOURNAL_FILE)
-        try:
-            if not journal.found:
-                journal.append(on.SubmittedRecord(facts))
-            ledger = Ledger(manifest, facts, me, signature, time.monotonic())
-            ledger.restore(self._readable(journal.found))
-        except BaseException:
-            journal.close()
-            raise
-        return ledger, journal, tenure
-
-    async def _run(
-        self, runner: JobRunner, directory: Path, open_files: Callable[[], OpenFiles]
-    ) -> None:
+    async def _run(self, runner: JobRunner, files: JobFiles) -> None:
         """Run one job; whatever goes wrong with it stays its own affair.
 
         While the disk is full it waits, and then goes on from what its journal says. A job that
@@ -310,40 +303,29 @@ class CoordinatorService:
             self._tools.log("job waits for room", job=job, reason=reason)
             await runner.pause(f"waits for room on its disk: {reason}")
 
+        async def again() -> None:
+            opened = await asyncio.to_thread(files.open, self._identity, self._tools.store)
+            runner.go_on(*opened)
+
         try:
             while (failure := await _run_until_full(runner)) is not None:
-                await when_there_is_room(
-                    directory, failure, lambda: runner.go_on(*open_files()), say
-                )
+                await when_there_is_room(files.directory, failure, again, say)
                 self._tools.log("job goes on", job=job)
             ledger = runner.ledger
             if ledger.successor is not None:
                 if ledger.manifest.submitter != self._identity.peer:
-                    (directory / JOB_FILE).unlink(missing_ok=True)
+                    (files.directory / JOB_FILE).unlink(missing_ok=True)
                 self._tools.on_handed_over(job)
         except Exception as error:  # a broken disk, or a bug of ours: the node's other jobs go on
             cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
             self._tools.log("job gave up", job=job, reason=str(cause))
             try:
                 reason = f"{type(cause).__name__}: {cause}; restart the node to go on"
+                if isinstance(cause, JournalDamagedError):  # that would not help
+                    reason = str(cause)
                 await runner.give_up(reason)
             except Exception as other:  # its figures cannot even be shown
                 self._tools.log("job not shown", job=job, reason=str(other))
-
-    def _readable(self, records: Sequence[on.Record]) -> list[on.Record]:
-        """The journal without checkpoints of which a chunk is gone or damaged.
-
-        What so far is a piece of our own worker's files, or only borrowed, is kept from here on.
-        """
-        store, kept = self._tools.store, []
-        for record in records:
-            if isinstance(record, on.CheckpointRecord):
-                try:
-                    store.own(chunks_of(store, [record]))
-                except SwarmError:
-                    continue
-            kept.append(record)
-        return kept
 
     async def stop(self, name: str) -> None:
         """End a job: release its workers, keep its checkpoints."""

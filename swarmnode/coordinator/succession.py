@@ -7,7 +7,7 @@ restarted, and the first that stands usually wins.
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from swarmnode.coordinator.events import CheckpointRecord, EndRecord
 from swarmnode.coordinator.retention import keep_state
@@ -50,7 +50,7 @@ class Succession:
         store: BlobStore,
         blobs: BlobClient,
         papers: Callable[[JobId], Papers | None],
-        take_over: Callable[[Papers], None],
+        take_over: Callable[[Papers], Awaitable[None]],
         forget: Callable[[JobId | None], bool],
         stand_by: Callable[[JobId], None],
         group: asyncio.TaskGroup,
@@ -187,7 +187,7 @@ class Succession:
                 return
             self._log("stands for election", job=job, generation=papers.plan.generation)
             await self._have_tokenizer(papers)
-            self._take_over(papers)
+            await self._take_over(papers)
         except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
             self._log("cannot take over", job=job, reason=str(error))
             with contextlib.suppress(SwarmError):

@@ -144,6 +144,7 @@ async def test_a_job_waits_while_its_disk_is_full_and_then_goes_on(
         ], "once, however often it looks"
         ballast.unlink()
         await until(lambda: job.ledger.phase == "stopped")
+        await job.runner.settled()
         records, _ = read_journal(disk / name / "journal")
         assert records[-1] == on.EndRecord("stopped", WHY)
         assert life.events("job gave up", "job goes on") == ["job goes on"]

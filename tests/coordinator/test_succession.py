@@ -24,6 +24,10 @@ from tests.coordinator.bench import FACTS, manifest
 ME, COORDINATOR = PeerId("b"), PeerId("a")
 
 
+async def not_now(_papers: Papers) -> None:
+    """Nobody stands for election here."""
+
+
 def put_checkpoint(store: BlobStore, step: int) -> tuple[CheckpointRecord, set[BlobRef]]:
     """A state of two chunks, one of which every checkpoint shares."""
     chunks = (store.put(b"the same"), store.put(b"%d" % step))
@@ -62,7 +66,7 @@ async def keeps_two(network: MemoryNetwork, tmp_path: Path) -> None:
         ((_, line),) = journal.lines(step)
         async with asyncio.TaskGroup() as group:  # ends when everything is fetched
             found = Succession(
-                ME, journals, store, blobs, lambda _job: papers, lambda _papers: None,
+                ME, journals, store, blobs, lambda _job: papers, not_now,
                 forget, ready.append, group,
                 lambda *trouble, **facts: troubles.append((trouble, facts)),
             )  # fmt: skip
@@ -106,7 +110,7 @@ async def test_whom_a_leaving_coordinator_named_stands_at_once(
         store = BlobStore(tmp_path / "b")
         found = Succession(
             ME, journals, store, BlobClient(network.transport(ME), store), lambda _job: papers,
-            stood.put_nowait, lambda _job: True, lambda _job: None, group, lambda *_, **__: None,
+            stood.put, lambda _job: True, lambda _job: None, group, lambda *_, **__: None,
         )  # fmt: skip
         found._loadable.add(job.tokenizer)
         monkeypatch.setattr(store, "has", lambda _ref: True)
@@ -137,7 +141,7 @@ async def test_a_standby_that_cannot_fetch_what_it_needs_tries_again(
         serve_blobs(coordinator, source, lambda _peer, _job: len(troubles) >= 2)
         found = Succession(
             ME, StandbyJournals(tmp_path / "standby"), store,
-            BlobClient(network.transport(ME), store), lambda _job: papers, lambda _papers: None,
+            BlobClient(network.transport(ME), store), lambda _job: papers, not_now,
             lambda _job: True, lambda _job: ready.set(), group,
             lambda event, **_: troubles.append(event),
         )  # fmt: skip
