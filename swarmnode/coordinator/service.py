@@ -133,9 +133,22 @@ class CoordinatorService:
     async def submit(self, raw: dict[str, Any], base: Path) -> JobId:
         """Check a job description, store what it names, and start it.
 
-        Raises: ManifestError, DataError, CapacityError, each with one clear line.
+        Raises: ManifestError, DataError, CapacityError, SwarmError if the disk is full or broken,
+        each with one clear line; nothing of the job is started then, nor later.
         """
         job = parse_job(raw, base=base, source="job")
+        try:
+            files, notes = await self._prepared(job)
+            opened = await asyncio.to_thread(self._laid_down, files)
+        except OSError as error:
+            path = error.filename or self._directory
+            raise SwarmError(f"job not started: {path}: {error.strerror or error}") from error
+        self._start(files, *opened)
+        self._jobs[files.manifest.job].notes = notes
+        return files.manifest.job
+
+    async def _prepared(self, job: JobFile) -> tuple[JobFiles, tuple[str, ...]]:
+        """What a job becomes, which is not on the disk yet, and what its submitter should know."""
         self._directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._directory, prefix=".submit-") as scratch:
             prepared = await prepare(
@@ -150,13 +163,14 @@ class CoordinatorService:
         solve(self._tools.peers(), facts, manifest)  # refuses now what could not start
         signature = self._identity.sign(manifest.canonical())
         weights = job.model.path or job.model.resume
-        files = JobFiles(self._directory / manifest.job, manifest, signature, facts, weights)
-        self._start(files, *await asyncio.to_thread(self._laid_down, files))
-        self._jobs[manifest.job].notes = prepared.notes
-        return manifest.job
+        directory = self._directory / manifest.job
+        return JobFiles(directory, manifest, signature, facts, weights), prepared.notes
 
     def _laid_down(self, files: JobFiles) -> tuple[TextTokenizer, OpenFiles]:
-        """Write and open a new job's files; none stay if that fails. Raises: SwarmError, OSError"""
+        """Write and open a new job's files; none stay if that fails.
+
+        Raises: SwarmError, OSError.
+        """
         files.directory.mkdir(parents=True)
         try:
             files.write()

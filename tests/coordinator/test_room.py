@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from swarmnode.coordinator.journal import read_journal
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.coordinator.solving import Solver
-from swarmnode.domain import JobId
+from swarmnode.domain import Advert, JobId, ModelFacts
 from swarmnode.errors import SwarmError
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
@@ -25,7 +26,7 @@ from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.switch import Switch
 from swarmnode.tokenizer import write_byte_tokenizer
-from tests.coordinator.bench import FACTS, manifest
+from tests.coordinator.bench import FACTS, advert, manifest
 from tests.tmpfs import fill, tmpfs
 
 WHY = "because " * 1000
@@ -49,6 +50,7 @@ class Life:
     elsewhere: Path
     said: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     identity: Identity = field(default_factory=lambda: Identity(bytes(32)))
+    peers: tuple[Advert, ...] = ()
 
     def prepare(self) -> JobId:
         """What an earlier life has left."""
@@ -79,8 +81,8 @@ class Life:
         def log(event: str, **facts: Any) -> None:
             self.said.append((event, facts))
 
-        async def facts_of(*_: Any) -> Any:
-            raise AssertionError("nothing is submitted here")
+        async def facts_of(*_: Any) -> ModelFacts:
+            return FACTS
 
         async def live(ready: asyncio.Future[CoordinatorService], tools: RunnerTools) -> None:
             async with asyncio.TaskGroup() as group:
@@ -96,7 +98,7 @@ class Life:
                 store=store,
                 blobs=BlobClient(transport, store),
                 switch=Switch(transport, group, lambda _: None, lambda *_: None),
-                peers=lambda: (),
+                peers=lambda: self.peers,
                 on_sent=lambda *_: None,
                 on_changed=lambda _: None,
                 log=log,
@@ -183,6 +185,36 @@ async def test_what_is_no_want_of_room_ends_the_job_until_the_node_is_started_ag
                 seen = await job.runner.changed(seen)
         assert "restart the node" in job.ledger.reason
         assert life.events("job gave up", "job waits for room") == ["job gave up"]
+
+
+async def test_of_a_job_that_finds_no_room_nothing_stays_that_could_start_later(
+    disk: Path, tmp_path: Path
+) -> None:
+    """However far its files come."""
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("Nothing of it stays. " * 100)
+    raw = {
+        "name": "job",
+        "model": {"config": {"model_type": "llama", "vocab_size": FACTS.vocab_size}},
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "data": {"path": "text.txt"},
+        "batch": {"sequence_length": 16},
+        "placement": {"stages": 2, "slots": 1},
+    }
+    life = Life(disk, tmp_path, peers=(advert("a"), advert("b")))
+    ballast, num_refused, job = fill(disk), 0, None
+    async with life.running() as service:
+        while job is None:
+            try:
+                job = await service.submit(raw, tmp_path)
+            except SwarmError as error:
+                said = str(error)
+                num_refused += 1
+            assert job or said.startswith(f"job not started: {disk}")
+            assert job or (set(disk.iterdir()), service.jobs) == ({ballast}, ())
+            os.truncate(ballast, ballast.stat().st_size - (1 << 12))
+        assert num_refused >= 3
+        assert [running.manifest.job for running in service.jobs] == [job]
 
 
 def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
