@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from swarmnode import telemetry
 from swarmnode.config import NodeConfig
-from swarmnode.errors import UserError
+from swarmnode.errors import SwarmError, UserError
 from swarmnode.home import locked
 from swarmnode.network import (
     LastLife,
@@ -39,7 +39,11 @@ def run(config: NodeConfig, on_ready: Callable[[Node], None]) -> int:
         try:
             runner.run(main(config, on_ready))
         except BaseExceptionGroup as failures:
-            raise first_error(failures) from failures
+            error = first_error(failures)
+            if isinstance(error, OSError) and error.errno is not None:  # not just a timeout
+                where = error.filename or config.home
+                raise SwarmError(f"{where} cannot be used: {error.strerror}") from failures
+            raise error from failures
     return 0
 
 
@@ -90,7 +94,10 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None], life: _Life
         transport = await stack.enter_async_context(start_transport(config, identity, last))
         transport_port = int(transport.addresses[0].split("/")[4])
         join = config.join or last.join
-        save_last_life(home, LastLife(directory.port, transport_port, join))
+        try:
+            save_last_life(home, LastLife(directory.port, transport_port, join))
+        except OSError as error:  # others find it by the ports of the life before, or by --join
+            log("ports not remembered", reason=str(error))
         group = await stack.enter_async_context(asyncio.TaskGroup())
         services = Services(config, identity, device, directory, transport, group)
         loops = (services.advertise, services.look, services.observe, services.measure)

@@ -22,6 +22,7 @@ from swarmnode.p2p.ports import EndOfStream
 from swarmnode.p2p.streams import Libp2pTransport
 from swarmnode.wire import MAX_TENSOR_BYTES, TENSOR_PROTOCOL, pack
 from tests.processes.conftest import job_file, wait_for
+from tests.tmpfs import fill, tmpfs
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 STOP_S = 5.0
@@ -52,6 +53,30 @@ def test_a_node_stops_in_time_and_leaves_nothing(tmp_path: Path) -> None:
         assert node.wait_stopped(STOP_S) == 0, node.log_tail()
         assert time.monotonic() - started_s < STOP_S
         assert not swarm.pids()
+
+
+def test_what_a_node_cannot_write_in_its_home_is_one_clear_line_at_most(tmp_path: Path) -> None:
+    with LocalSwarm(tmp_path, 1) as swarm:
+        node = swarm.node(0)
+        home = node.home
+        home.mkdir(exist_ok=True)
+        with tmpfs(home, "8m", is_lazy=True):
+            home.chmod(0o700)
+            (home / "network.partial").mkdir()  # nothing can be written under that name
+            swarm.start()
+            assert not (home / "network.json").exists(), "it goes without"
+            node.ask_to_stop()
+            assert node.wait_stopped(STOP_S) == 0, node.log_tail()
+            (home / "http.partial").mkdir()
+            done = command("up", home=home)
+            words = f"swarmnode: failed: {home / 'http.partial'} cannot be used: Is a directory"
+            assert (done.returncode, done.stderr.splitlines()) == (1, [words])
+            (home / "http.partial").rmdir()
+            ballast = fill(home)
+            done = command("up", home=home)
+            assert_one_clear_line(done, str(home / "p2pd.key"), "No space left on device")
+            ballast.unlink()
+            swarm.start()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -280,10 +280,16 @@ def _socket_folder(home: Path) -> str:
 
 
 def _write_private(path: Path, content: bytes) -> None:
-    path.unlink(missing_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(fd, "wb") as file:
-        file.write(content)
+    """Raises: UserError if the disk is full or broken; nothing is left then."""
+    try:
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _reachable_first(addresses: Sequence[Any]) -> list[str]:
