@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from typing import Any
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator.journal import Journal
@@ -89,6 +90,8 @@ class JobRunner:
         self._events: asyncio.Queue[on.Event] = asyncio.Queue(4096)
         self._lines: dict[PeerId, _Line] = {}
         self._group: asyncio.TaskGroup | None = None
+        self._aside: set[asyncio.Task[None]] = set()
+        """What nobody waits for once the job is over."""
         self._num_changes = 0
         self._condition = asyncio.Condition()
         self._handling = asyncio.Lock()
@@ -99,7 +102,7 @@ class JobRunner:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                ticker = group.create_task(self._tick(), name=f"tick {self.ledger.job}")
+                self._begin_aside(self._tick(), f"tick {self.ledger.job}")
                 while not self.ledger.is_over:
                     event = await self._events.get()
                     phase, reason = self.ledger.phase, self.ledger.reason
@@ -113,8 +116,9 @@ class JobRunner:
                         self._report(event)
                     self._tools.on_changed(self.ledger)
                     await self._notify()
+                for task in self._aside:
+                    task.cancel()
                 await self._say_goodbye()
-                ticker.cancel()
         finally:
             self._tools.switch.leave(self.ledger.job, head=True)
             self._journal.close()
@@ -194,7 +198,6 @@ class JobRunner:
     # ---- effects ---------------------------------------------------------------------------
 
     async def _perform(self, effect: on.Effect) -> None:
-        assert self._group is not None
         match effect:
             case on.Write(record):
                 await asyncio.to_thread(self._journal.append, record)
@@ -210,9 +213,15 @@ class JobRunner:
                     # What was said last still goes out; whoever is released hangs up itself.
                     asyncio.get_running_loop().call_later(HANGUP_S, line.task.cancel)
             case on.StoreState():
-                self._group.create_task(self._store(effect), name=f"store {effect.stage}")
+                self._begin_aside(self._store(effect), f"store {effect.stage}")
             case on.Improve(request):
-                self._group.create_task(self._improve(request), name="improve the placement")
+                self._begin_aside(self._improve(request), "improve the placement")
+
+    def _begin_aside(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        assert self._group is not None
+        task = self._group.create_task(work, name=name)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
 
     async def _improve(self, request: ImproveRequest) -> None:
         """Ask the solver; a job never fails because it could not be improved."""

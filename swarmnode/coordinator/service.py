@@ -325,11 +325,11 @@ class CoordinatorService:
             while (failure := await _run_until_full(runner)) is not None:
                 await when_there_is_room(files.directory, failure, again, say)
                 self._tools.log("job goes on", job=job)
-            ledger = runner.ledger
-            if ledger.successor is not None:
-                if ledger.manifest.submitter != self._identity.peer:
-                    (files.directory / JOB_FILE).unlink(missing_ok=True)
-                self._tools.on_handed_over(job)
+            async with self._opening[job]:  # what is taken over meanwhile has files of its own
+                if runner.ledger.successor is not None and self._jobs[job].runner is runner:
+                    if files.manifest.submitter != self._identity.peer:
+                        (files.directory / JOB_FILE).unlink(missing_ok=True)
+                    self._tools.on_handed_over(job)
         except Exception as error:  # a broken disk, or a bug of ours: the node's other jobs go on
             cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
             self._tools.log("job gave up", job=job, reason=str(cause))

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from swarmnode.coordinator import events as on
-from swarmnode.coordinator import room
+from swarmnode.coordinator import room, runner
 from swarmnode.coordinator.journal import read_journal
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
 from swarmnode.coordinator.solving import Solver
-from swarmnode.domain import Advert, JobId, ModelFacts
+from swarmnode.domain import Advert, JobId, ModelFacts, PeerId
 from swarmnode.errors import SwarmError
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
@@ -26,7 +26,7 @@ from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.memory import MemoryNetwork
 from swarmnode.p2p.switch import Switch
 from swarmnode.tokenizer import write_byte_tokenizer
-from tests.coordinator.bench import FACTS, advert, manifest
+from tests.coordinator.bench import BLOB, FACTS, advert, manifest
 from tests.tmpfs import fill, tmpfs
 
 WHY = "because " * 1000
@@ -215,6 +215,28 @@ async def test_of_a_job_that_finds_no_room_nothing_stays_that_could_start_later(
             os.truncate(ballast, ballast.stat().st_size - (1 << 12))
         assert num_refused >= 3
         assert [running.manifest.job for running in service.jobs] == [job]
+
+
+async def test_a_job_that_is_over_waits_for_no_state_that_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def keep_state(*_: Any) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(runner, "keep_state", keep_state)
+    (tmp_path / "disk").mkdir()
+    life = Life(tmp_path / "disk", tmp_path)
+    name = life.prepare()
+    async with life.running() as service:
+        job = service.find(name)
+        await job.runner._perform(on.StoreState(0, 1, BLOB, PeerId("b")))
+        await asked.wait()
+        await job.runner.tell(on.StopAsked("now"))
+        await until(lambda: job.runner._journal._file.closed)
+        assert job.ledger.phase == "stopped"
 
 
 def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
