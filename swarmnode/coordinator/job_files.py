@@ -82,14 +82,21 @@ class JobFiles:
 def _readable(store: BlobStore, records: Sequence[on.Record]) -> list[on.Record]:
     """The journal without checkpoints of which a chunk is gone or damaged.
 
-    What so far is a piece of our own worker's files, or only borrowed, is kept from here on.
+    What so far is a piece of our own worker's files, or only borrowed, is kept from here on. Every
+    byte is read of the newest whole one, from which a job may have to go on, but not of those
+    before it.
     """
-    kept = []
-    for record in records:
+    kept: list[on.Record] = []
+    has_whole = False
+    for record in reversed(records):
         if isinstance(record, on.CheckpointRecord):
+            chunks = chunks_of(store, [record])
+            if not has_whole and not all(map(store.is_sound, chunks)):
+                continue
             try:
-                store.own(chunks_of(store, [record]))
+                store.own(chunks)
             except SwarmError:
                 continue
+            has_whole = True
         kept.append(record)
-    return kept
+    return kept[::-1]
