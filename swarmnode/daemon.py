@@ -103,8 +103,8 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None], life: _Life
         loops = (services.advertise, services.look, services.observe, services.measure)
         for work in (*loops, services.sweep, services.worker.nurse):
             group.create_task(work(), name=work.__name__)
-        group.create_task(services.serve(on_ready), name="http")
         services.node.finish = lambda: life.stops.put_nowait(None)
-        await services.restore()
+        await services.restore()  # first: whoever asks for a job of an earlier life finds it
+        group.create_task(services.serve(on_ready), name="http")
         life.services = services
         await asyncio.Event().wait()  # until cancelled
