@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from swarmnode import leash
-from swarmnode.errors import ChildError
+from swarmnode.errors import ChildError, FrameTooLargeError
 from swarmnode.pipes import (
     FD_VARIABLE,
     MAX_MESSAGE_BYTES,
@@ -85,10 +85,14 @@ class Child:
     async def receive(self) -> bytearray:
         """Return the child's next message. May be cancelled and called again.
 
-        Raises: ChildError if the child ended, FrameTooLargeError if it announced too much.
+        Raises: ChildError if the child ended. One that announces too much is killed: what would
+        follow of that message could not be told from the next one.
         """
         try:
             return await self._pipe.receive()
+        except FrameTooLargeError as error:
+            self.kill()
+            raise ChildError(f"{self.name} is killed: {error}") from error
         except (OSError, EOFError) as error:
             raise await self._ended() from error
 

@@ -77,7 +77,8 @@ class Pipe:
     async def receive(self) -> bytearray:
         """Return the next message.
 
-        Raises: EOFError at the end (also in the middle of a message), FrameTooLargeError.
+        Raises: EOFError at the end (also in the middle of a message), FrameTooLargeError; after
+        that one nothing can be received any more.
         """
         async with self._receiving:
             if self._body is None:

@@ -24,10 +24,7 @@ from swarmnode.errors import ChildError, SwarmError
 from swarmnode.home import load_token, write_private
 from swarmnode.http import server
 from swarmnode.http.api import Departure
-from swarmnode.messages import (
-    Inquire,
-    LinkReport,
-)
+from swarmnode.messages import Inquire, LinkReport
 from swarmnode.node import Node, job_view
 from swarmnode.p2p import adverts
 from swarmnode.p2p.blob_server import serve_blobs
@@ -93,6 +90,7 @@ class Services:
         )  # fmt: skip
         blobs = BlobClient(transport, store, self._count_blobs, self._observe_transfer)
         chance = random.SystemRandom()
+        self._partners = switch.partners
         self._prober = Prober(transport, self._table, self.peers, switch.partners, chance)
         Responder(transport, self._table, lambda: self._prober.coordinate, self._count_dropped)
         self.worker = WorkerService(
@@ -250,7 +248,7 @@ class Services:
             )
             try:
                 record = adverts.encode(advert, self._identity.sign)
-                self._membership.handle(Records({advert.peer: record}), time.time())
+                self._membership.handle(Records({advert.peer: record}, {advert.peer}), time.time())
                 await self._directory.advertise(record, lease_s)
             except SwarmError as error:
                 self._log("advert not stored", reason=str(error))
@@ -261,18 +259,20 @@ class Services:
     async def look(self) -> None:
         """Read the directory again and again."""
         while True:
+            partners = self._partners()
+            known = (*sorted(partners), *(advert.peer for advert in self.peers()))
             try:
-                records = await self._directory.records()
+                records = await self._directory.records(known)
             except SwarmError as error:  # stuck, or being started again
                 self._log("directory does not answer", reason=str(error))
-                await asyncio.sleep(POLL_S)
-                continue
-            effects = self._membership.handle(Records(records), time.time())
-            for effect in effects:
-                if not isinstance(effect, Changed):  # free memory changes all the time
-                    self._log("peer", what=type(effect).__name__, effect=str(effect)[:300])
-            self.metrics.set_peers(len(self.peers()))
-            self._count_bad_records()
+            else:
+                for some in Records(records, partners).pieces():
+                    await asyncio.sleep(0)  # others have work to do between
+                    for effect in self._membership.handle(some, time.time()):
+                        if not isinstance(effect, Changed):  # free memory changes all the time
+                            self._log("peer", what=type(effect).__name__, effect=str(effect)[:300])
+                self.metrics.set_peers(len(self.peers()))
+                self._count_bad_records()
             await asyncio.sleep(POLL_S)
 
     def _count_bad_records(self) -> None:

@@ -134,6 +134,19 @@ async def test_an_announced_giant_is_refused_before_it_is_read() -> None:
         blocking.close()
 
 
+async def test_a_child_that_announces_a_giant_is_killed() -> None:
+    code = (
+        "import os, socket, struct\n"
+        "sock = socket.socket(fileno=int(os.environ['SWARMNODE_PIPE_FD']))\n"
+        "sock.sendall(struct.pack('>I', 0xFFFFFFFF))\n"
+        "while True: sock.sendall(bytes(1 << 20))\n"
+    )
+    async with child_of(code) as child:
+        with pytest.raises(ChildError, match="is killed: message of 4294967295 bytes"):
+            await child.receive()
+        assert await child.wait() == -signal.SIGKILL
+
+
 async def test_a_cancelled_receive_loses_nothing() -> None:
     ours, theirs = socket.socketpair()
     pipe = Pipe(ours)

@@ -5,12 +5,25 @@ a stream, whichever is later. All times are wall clock, seconds since 1970.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 from swarmnode.domain import Advert, PeerId
-from swarmnode.p2p.adverts import CLOCK_SLACK_S, MAX_LEASE_S, BadAdvertError, decode
+from swarmnode.p2p.adverts import (
+    CLOCK_SLACK_S,
+    MAX_LEASE_S,
+    BadAdvertError,
+    authenticate,
+    check_lease,
+)
+
+MAX_PEERS = 4096
+"""So many peers are known at once, and so many records come of one look into the directory."""
+PIECE = 64
+"""Records that may be verified in one go: 12 ms."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +31,14 @@ class Records:
     """What the directory holds now, by subkey: the peer that each record claims to be of."""
 
     records: Mapping[str, bytes]
+    partners: AbstractSet[str] = frozenset()
+    """Peers that are known even where strangers fill all places: who is in a job of ours."""
+
+    def pieces(self) -> "Iterator[Records]":
+        """The same in turn, PIECE records at a time; one without any where there are none."""
+        found = list(self.records.items())
+        for start in range(0, max(1, len(found)), PIECE):
+            yield Records(dict(found[start : start + PIECE]), self.partners)
 
 
 @dataclass(frozen=True)
@@ -68,10 +89,13 @@ class Decode(Protocol):
 class Membership:
     """Who is alive, with the newest advert of each; bad records are dropped and counted."""
 
-    def __init__(self, *, lease_s: float, max_peers: int = 4096, decode: Decode = decode) -> None:
+    def __init__(
+        self, *, lease_s: float, max_peers: int = MAX_PEERS, decode: Decode | None = None
+    ) -> None:
+        """Without `decode` records are adverts as adverts.py writes them."""
         self._lease_s = lease_s
         self._max_peers = max_peers
-        self._decode = decode
+        self._decode = decode or _decode_once(2 * max_peers)
         self._members: dict[PeerId, _Member] = {}
         self._former: dict[PeerId, tuple[int, float]] = {}
         """Incarnation of a lost peer, kept until all records of its earlier lives have ended."""
@@ -92,9 +116,12 @@ class Membership:
         """Take one event in; the effects come losses first, then by peer id."""
         effects: list[Joined | Changed | Lost] = [*self._expire(now_s)]
         match event:
-            case Records(records):
+            case Records(records, partners):
                 for subkey, record in sorted(records.items()):
-                    effects += self._take(subkey, record, now_s)
+                    if subkey in self._members or subkey in partners or not self._is_full:
+                        effects += self._take(subkey, record, now_s)
+                    else:  # before it costs a signature
+                        self._dropped["full"] += 1
             case Heard(peer):
                 member = self._members.get(peer)
                 if member is not None:
@@ -103,6 +130,10 @@ class Membership:
             case Tick():
                 pass
         return effects
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._members) >= self._max_peers
 
     def _expire(self, now_s: float) -> list[Lost]:
         for peer in [p for p, (_, until_s) in self._former.items() if until_s <= now_s]:
@@ -125,9 +156,6 @@ class Membership:
             self._dropped["stale"] += 1
             return []
         if before is None:
-            if len(self._members) >= self._max_peers:
-                self._dropped["full"] += 1
-                return []
             self._former.pop(advert.peer, None)
             self._members[advert.peer] = _Member(advert, advert.expires_at_s)
             return [Joined(advert)]
@@ -141,3 +169,18 @@ class Membership:
         self._members[advert.peer] = _Member(advert, until_s)
         renewed = replace(before.advert, expires_at_s=advert.expires_at_s)
         return [] if renewed == advert else [Changed(advert)]
+
+
+def _decode_once(num_records: int) -> Decode:
+    """`adverts.decode`, which verifies a record once: every poll brings the same records again.
+
+    Remembers the last `num_records` good ones.
+    """
+    verified = lru_cache(maxsize=num_records)(authenticate)
+
+    def decode(record: bytes, now_s: float, *, owner: str | None) -> Advert:
+        advert = verified(record, owner=owner)
+        check_lease(advert, now_s)
+        return advert
+
+    return decode

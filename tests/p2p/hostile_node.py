@@ -1,7 +1,8 @@
 """A directory node without scruples, for tests: stores whatever it is told and spreads it.
 
 Started by a test with a pipe; a request is a msgpack map: start arguments, or key, subkey, value
-and ttl_s to store. Honest nodes do not trust it; that is the point.
+and ttl_s to store; without a subkey, value is a map of many. Honest nodes do not trust it; that is
+the point.
 """
 
 import asyncio
@@ -28,9 +29,17 @@ async def main() -> None:
 
 
 async def store(node: honest.Node, key: str, subkey: Any, value: Any, ttl_s: float) -> list[Any]:
-    """Keep it ourselves and ask every other node to keep it; what each of those answered."""
+    """Keep it ourselves and ask every other node to keep it; what each of those answered.
+
+    Many are not spread: who looks finds them here.
+    """
     dht = node._dht
     key_id, until_s = honest.DHTID.generate(source=key), time.time() + ttl_s
+    if subkey is None:
+        for each, one in value.items():
+            raw = dht.protocol.serializer.dumps(one)
+            dht.protocol.storage.store(key_id, raw, until_s, subkey=each)
+        return []
     raw = dht.protocol.serializer.dumps(value)
     dht.protocol.storage.store(key_id, raw, until_s, subkey=subkey)
     others = dht.protocol.routing_table.get_nearest_neighbors(key_id, 20)

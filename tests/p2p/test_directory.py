@@ -19,7 +19,7 @@ from swarmnode.children import spawn_child
 from swarmnode.errors import BusyError, ChildError, PeerLostError, UserError
 from swarmnode.p2p.directory import Directory
 from swarmnode.p2p.directory.keeper import KeptDirectory
-from swarmnode.p2p.membership import Joined, Membership, Records
+from swarmnode.p2p.membership import MAX_PEERS, Joined, Membership, Records
 
 pytestmark = [
     pytest.mark.processes,
@@ -285,6 +285,62 @@ async def test_what_a_hostile_node_spreads_is_refused_and_counted(tmp_path: Path
             await until(
                 first, lambda found: found == {identity(1).peer: mine, identity(2).peer: victim}
             )
+
+
+async def test_a_flood_of_signed_adverts_displaces_nobody_who_is_known(tmp_path: Path) -> None:
+    until_s = time.time() + 60
+    flood = {identity(n).peer: record(identity(n), until_s) for n in range(10, 60 + MAX_PEERS)}
+    known = sorted(flood)[-20:]
+    async with start(1, tmp_path) as first, hostile(tmp_path, first.addresses) as store:
+        await first.advertise(record(identity(1), until_s), 60)
+        await store(KEY, None, flood, 50)
+        async with asyncio.timeout(30):
+            found = await first.records(known)
+            while len(found) < MAX_PEERS:
+                found = await first.records(known)
+        assert len(found) == MAX_PEERS
+        assert list(found)[:21] == [identity(1).peer, *known]
+        assert len(set(found) - set(flood)) == 1
+
+
+@pytest.mark.parametrize("answer", ["struct.pack('>I', 0xFFFFFFFF)", "framed(b'nonsense')"])
+async def test_a_child_that_breaks_the_protocol_is_ended_and_started_again(answer: str) -> None:
+    """The first life answers with `answer` and would live on; the next one as it should."""
+    broken = (
+        "import os, socket, struct\n"
+        "sock = socket.socket(fileno=int(os.environ['SWARMNODE_PIPE_FD']))\n"
+        "framed = lambda body: struct.pack('>I', len(body)) + body\n"
+        "sock.recv(1 << 16)\n"
+        f"sock.sendall({answer})\n"
+        "while sock.recv(1 << 16): pass\n"
+    )
+    sound = (
+        "import msgpack\n"
+        "from swarmnode.children import ChildPipe\n"
+        "pipe = ChildPipe.inherit()\n"
+        "while True:\n"
+        "    number = msgpack.unpackb(pipe.receive())['number']\n"
+        "    answer = {'number': number, 'records': {}, 'refused': {}, 'neighbours': []}\n"
+        "    pipe.send(msgpack.packb(answer))\n"
+    )
+    lives = iter([broken, sound])
+
+    @asynccontextmanager
+    async def open_directory(_port: int, _neighbours: Sequence[str]) -> AsyncIterator[Directory]:
+        child = spawn_child([sys.executable, "-c", next(lives)], name="directory")
+        try:
+            yield Directory(child, ["/ip4/127.0.0.1/tcp/4001/p2p/somebody"], timeout_s=10)
+        finally:
+            await child.stop(0.0)
+
+    async with KeptDirectory.start(open_directory, 0, lambda _what, **_facts: None) as kept:
+        pid = kept.pid
+        with pytest.raises(ChildError):
+            await kept.records()
+        async with asyncio.timeout(20):
+            while kept.pid == pid:  # noqa: ASYNC110 - other processes decide
+                await asyncio.sleep(0.02)
+        assert await kept.records() == {}
 
 
 async def test_the_go_daemon_dies_with_its_killed_child(tmp_path: Path) -> None:

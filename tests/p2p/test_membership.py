@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 from advert_makers import advert, identity, record
 
+from swarmnode.p2p import adverts
 from swarmnode.p2p.adverts import MAX_LEASE_S
 from swarmnode.p2p.membership import (
+    PIECE,
     Changed,
     Heard,
     Joined,
@@ -138,6 +140,61 @@ def test_a_flood_of_peers_is_bounded() -> None:
     assert len(members.handle(flood, NOW_S)) == 3
     assert len(members.peers(NOW_S)) == 3
     assert members.dropped == {"full": 4}
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Whose signatures were verified, in turn."""
+    seen: list[str] = []
+    verify = adverts.verify_signature
+
+    def counted(peer: str, message: bytes, signature: bytes) -> bool:
+        seen.append(peer)
+        return verify(peer, message, signature)
+
+    monkeypatch.setattr(adverts, "verify_signature", counted)
+    return seen
+
+
+def test_a_record_is_verified_once_however_often_it_comes(verified: list[str]) -> None:
+    members = Membership(lease_s=30, max_peers=2)
+    event = of(a=record(A, NOW_S + 30), b=record(B, NOW_S + 30))
+    for second in range(5):
+        members.handle(event, NOW_S + second)
+    assert sorted(verified) == sorted([A.peer, B.peer])
+    members.handle(of(a=record(A, NOW_S + 40)), NOW_S + 5)
+    assert verified[2:] == [A.peer]
+    forged = record(A, NOW_S + 50)[:-1] + b"!"
+    for _ in range(2):  # what was refused is not remembered as good
+        members.handle(of(a=forged), NOW_S + 6)
+    assert members.dropped == {"signature": 2}
+    assert members.handle(event, NOW_S + 40) == [Lost(peer) for peer in sorted([A.peer, B.peer])]
+    assert members.dropped == {"signature": 2, "expired": 2}
+
+
+def test_strangers_displace_nobody_and_cost_no_signature(verified: list[str]) -> None:
+    members = Membership(lease_s=30, max_peers=3)
+    strangers = {identity(n).peer: record(identity(n), NOW_S + 60) for n in range(11, 31)}
+    members.handle(of(a=record(A, NOW_S + 30)), NOW_S)
+    members.handle(Records(strangers), NOW_S)
+    assert len(members.peers(NOW_S)) == 3
+    verified.clear()
+    told = {A.peer: record(A, NOW_S + 50), B.peer: record(B, NOW_S + 50), **strangers}
+    members.handle(Records(told, {B.peer}), NOW_S + 10)
+    here = {advert.peer for advert in members.peers(NOW_S + 40)}
+    assert {A.peer, B.peer} < here, "who was here, and who is in a job of ours"
+    assert len(here) == 4
+    assert sorted(verified) == sorted([A.peer, B.peer])
+    assert members.dropped == {"full": 18 + 18}
+
+
+def test_many_records_come_in_pieces_that_are_the_same_together() -> None:
+    many = Records({str(n): bytes([n]) for n in range(2 * PIECE + 1)}, {"7"})
+    pieces = list(many.pieces())
+    assert [len(piece.records) for piece in pieces] == [PIECE, PIECE, 1]
+    assert {k: v for piece in pieces for k, v in piece.records.items()} == many.records
+    assert all(piece.partners == {"7"} for piece in pieces)
+    assert list(Records({}).pieces()) == [Records({})], "leases end all the same"
 
 
 @pytest.mark.parametrize("seed", range(10))

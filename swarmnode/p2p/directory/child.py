@@ -42,7 +42,7 @@ async def _serve(pipe: Pipe, group: asyncio.TaskGroup) -> None:
                 answer = _refusal(error)
             except Exception as error:  # hivemind's own: the daemon decides, the log tells more
                 traceback.print_exc()
-                answer = {"error": "failed", "text": f"{type(error).__name__}: {error}"}
+                answer = {"error": "failed", "text": f"{type(error).__name__}: {error}"[:1000]}
             await pipe.send(msgpack.packb({"number": number, **answer}))
     except (EOFError, OSError):
         return  # the daemon is gone: so are we
@@ -73,9 +73,9 @@ async def _answer(node: Node, request: dict[str, Any]) -> dict[str, Any]:
         case {"do": "advertise", "record": bytes(record), "ttl_s": float(ttl_s) | int(ttl_s)}:
             await node.store(record, ttl_s)
             return {}
-        case {"do": "records"}:
+        case {"do": "records", "first": [*first]}:
             return {
-                "records": await node.records(),
+                "records": await node.records(first),
                 "refused": dict(node.refused),
                 "neighbours": await node.neighbours(),
             }

@@ -5,7 +5,7 @@ are the child's business. One request is under way at a time.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +14,12 @@ import msgpack
 
 from swarmnode.children import Child, python_module, spawn_child
 from swarmnode.errors import BusyError, ChildError, PeerLostError, SwarmError, UserError
+from swarmnode.p2p.adverts import MAX_RECORD_BYTES
 from swarmnode.p2p.identity import Identity
+from swarmnode.p2p.membership import MAX_PEERS
 
-MAX_MESSAGE_BYTES = 32 << 20
-"""All records of the swarm in one answer: 8192 of the largest."""
+MAX_MESSAGE_BYTES = 2 * MAX_PEERS * MAX_RECORD_BYTES
+"""An answer has at most MAX_PEERS records: twice the bytes of the largest, names and all."""
 _LEAN = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -109,13 +111,15 @@ class Directory:
         """
         await self._ask(self._timeout_s, do="advertise", record=record, ttl_s=ttl_s)
 
-    async def records(self) -> dict[str, bytes]:
-        """All records that are reachable now, by peer id; our own among them.
+    async def records(self, first: Iterable[str] = ()) -> dict[str, bytes]:
+        """The records that are reachable now, by peer id; our own among them.
 
-        Every one had a valid signature of that peer when our node saw it; decode them all the
-        same. Raises: ChildError if the child ended or is stuck.
+        Where there are more than MAX_PEERS, those of `first` go before others, in that order: no
+        number of strangers displaces who is known. Every one had a valid signature of that peer
+        when our node saw it; decode them all the same.
+        Raises: ChildError if the child ended or is stuck.
         """
-        answer = await self._ask(self._timeout_s, do="records")
+        answer = await self._ask(self._timeout_s, do="records", first=list(first))
         self._refused = answer["refused"]
         self.neighbours = tuple(answer["neighbours"])
         records: dict[str, bytes] = answer["records"]
@@ -138,6 +142,9 @@ class Directory:
                             break
             except TimeoutError:
                 raise ChildError(f"directory: no answer in {timeout_s:.0f} s") from None
+            except (ValueError, TypeError, LookupError, msgpack.UnpackException) as error:
+                self._child.kill()  # whatever comes next would be no better
+                raise ChildError(f"directory: {error!r} in an answer") from error
         if "error" in answer:
             raise _error(answer["error"], answer["text"], answer.get("peer", ""))
         return answer

@@ -1,7 +1,7 @@
 """A directory that is started again when its child, or the Go daemon below it, has ended."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from swarmnode.errors import ChildError, PeerLostError, SwarmError
@@ -61,9 +61,9 @@ class KeptDirectory:
         """See `Directory.advertise`; ChildError while there is no child."""
         await self._directory.advertise(record, ttl_s)
 
-    async def records(self) -> dict[str, bytes]:
+    async def records(self, first: Iterable[str] = ()) -> dict[str, bytes]:
         """See `Directory.records`; ChildError while there is no child."""
-        found = await self._directory.records()
+        found = await self._directory.records(first)
         self._neighbours = self._directory.neighbours or self._neighbours
         return found
 

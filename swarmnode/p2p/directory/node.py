@@ -12,8 +12,9 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from swarmnode.p2p.directory.lean import (
     ValidationError,
 )
 from swarmnode.p2p.identity import public_key_of
+from swarmnode.p2p.membership import MAX_PEERS
 
 _KEY = "swarmnode.adverts.1"
 _MAX_SUBKEY_BYTES = 80
@@ -68,7 +70,7 @@ class AdvertValidator(RecordValidatorBase):  # type: ignore[misc]
     def __init__(self) -> None:
         self.refused: Counter[str] = Counter()
         self._key = DHTID.generate(source=_KEY).to_bytes()
-        self._authenticate = lru_cache(maxsize=4096)(authenticate)
+        self._authenticate = lru_cache(maxsize=4 * MAX_PEERS)(authenticate)
 
     def validate(self, record: DHTRecord) -> bool:
         try:
@@ -123,18 +125,23 @@ class Node:
         if await self._dht.store(_KEY, record, until_s, subkey=self.peer):
             return
         # hivemind tells the answer of the last replica only, and that one may be hostile
-        if (await self.records()).get(self.peer) != record:
+        if (await self.records(())).get(self.peer) != record:
             raise PeerLostError("", "no node of the directory took our advert")
 
-    async def records(self) -> dict[str, bytes]:
-        """All records that can be found now, merged over all nodes that hold some."""
+    async def records(self, first: Iterable[str]) -> dict[str, bytes]:
+        """The records that can be found now, merged over all nodes that hold some.
+
+        Bound: MAX_PEERS; ours and those of `first` go before others.
+        """
         if not self._dht.protocol.routing_table.uid_to_peer_id:
             await self._rejoin()
         # no expiry satisfies: a peer that claims an endless one must not end the search early
         found = await self._dht.get(_KEY, sufficient_expiration_time=math.nan)
         if found is None:
             return {}
-        return {subkey: item.value for subkey, item in found.value.items()}
+        records = {subkey: item.value for subkey, item in found.value.items()}
+        here = (peer for peer in dict.fromkeys((self.peer, *first, *records)) if peer in records)
+        return {peer: records[peer] for peer in islice(here, MAX_PEERS)}
 
     async def neighbours(self) -> list[str]:
         """Addresses of peers that we are connected to: some may outlive the bootstrap peers."""
