@@ -7,6 +7,7 @@ its parent. The child's side is `ChildPipe` or `Pipe`, in pipes.py.
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -27,8 +28,22 @@ from swarmnode.pipes import (
     Pipe,
 )
 
-__all__ = ["Child", "ChildPipe", "Pipe", "leashed", "open_log", "python_module", "spawn_child"]
+__all__ = [
+    "Child",
+    "ChildPipe",
+    "Pipe",
+    "kill_and_reap",
+    "leashed",
+    "open_log",
+    "python_module",
+    "spawn_child",
+]
 
+KILLED_S = 5.0
+"""A process that has not ended so long after SIGKILL sleeps in a driver: nobody waits for it."""
+_REAP_S = 5.0
+_LOOK_S = 0.05
+_log = logging.getLogger(__name__)
 _MAX_LOG_BYTES = 4 << 20
 _TAIL_BYTES = 2048
 
@@ -49,9 +64,56 @@ class Process(Protocol):
     pid: int
 
     def poll(self) -> int | None: ...
-    def wait(self) -> int: ...
     def kill(self) -> None: ...
     def terminate(self) -> None: ...
+
+
+async def exit_status(process: Process) -> int:
+    """Wait for the end of a process; the exit status, or minus the signal that killed it."""
+    if process.poll() is None:
+        await _until_exit(process.pid)
+    # no pidfd here, or a debugger holds it
+    while (status := process.poll()) is None:  # noqa: ASYNC110 - nothing else tells
+        await asyncio.sleep(_LOOK_S)
+    return status
+
+
+async def _until_exit(pid: int) -> None:
+    """Return when a process has ended, or at once where that cannot be waited for."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, or not permitted
+        return
+    loop = asyncio.get_running_loop()
+    exited = asyncio.Event()
+    loop.add_reader(pidfd, exited.set)
+    try:
+        await exited.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+async def kill_and_reap(process: Process, name: str) -> int:
+    """SIGKILL a process, if it lives; how it ended, as `exit_status` tells it.
+
+    One that sleeps in a driver may not end for long. After KILLED_S, or when this is cancelled, it
+    is let go of, counts as killed, and is reaped once it has ended.
+    """
+    process.kill()
+    try:
+        async with asyncio.timeout(KILLED_S):
+            return await exit_status(process)
+    except TimeoutError:
+        _log.warning("%s was killed and does not end: process %d", name, process.pid)
+        return -signal.SIGKILL
+    finally:
+        _reap_later(process)
+
+
+def _reap_later(process: Process) -> None:
+    if process.poll() is None:
+        asyncio.get_running_loop().call_later(_REAP_S, _reap_later, process)
 
 
 class Child:
@@ -98,22 +160,7 @@ class Child:
 
     async def wait(self) -> int:
         """Wait for the end; the exit status, or minus the signal that killed it."""
-        status = self._process.poll()
-        if status is not None:
-            return status
-        try:
-            pidfd = os.pidfd_open(self._process.pid)
-        except (AttributeError, OSError):  # not Linux, or not permitted
-            return await asyncio.to_thread(self._process.wait)
-        loop = asyncio.get_running_loop()
-        exited = asyncio.Event()
-        loop.add_reader(pidfd, exited.set)
-        try:
-            await exited.wait()
-        finally:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
-        return self._process.wait()
+        return await exit_status(self._process)
 
     @property
     def is_alive(self) -> bool:
@@ -123,16 +170,16 @@ class Child:
         """SIGKILL it, if it lives; whoever waits for its next message hears of its end."""
         self._process.kill()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """SIGKILL it, if it lives, and let go of it: for a child that has nothing to finish."""
-        self._process.kill()
-        self._process.wait()
         self._pipe.close()
+        await kill_and_reap(self._process, self.name)
 
     async def stop(self, grace_s: float = 5.0) -> int:
         """End the child: end of file, after half of `grace_s` SIGTERM, after all of it SIGKILL.
 
-        Idempotent. Returns the exit status as `wait` does.
+        Idempotent. Returns the exit status as `wait` does; see `kill_and_reap` for one that does
+        not end even then.
         """
         self._pipe.close_write()
         try:
@@ -141,13 +188,12 @@ class Child:
                     ask()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_s / 2):
-                        return await self.wait()
+                        await self.wait()
+                        break
         finally:  # also when cancelled: nothing is left behind
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
             self._pipe.close()
-        return self._process.wait()
+            status = await kill_and_reap(self._process, self.name)
+        return status
 
     async def _ended(self) -> ChildError:
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from swarmnode import children
 from swarmnode.children import Child, ChildPipe, Pipe, spawn_child
 from swarmnode.errors import ChildError, FrameTooLargeError
 
@@ -87,6 +88,62 @@ async def test_a_deaf_child_is_killed_after_its_grace() -> None:
         await child.send(b"ready?")
         assert await child.receive() == b"ready?"
         assert await child.stop(0.2) == -signal.SIGKILL
+
+
+class Undying(subprocess.Popen[bytes]):
+    """Stays when it is killed, like a process that sleeps in a driver."""
+
+    was_killed = False
+
+    def kill(self) -> None:
+        self.was_killed = True
+
+    def terminate(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["stop", "close", "a stop that is cancelled"])
+async def test_a_child_that_does_not_end_when_killed_is_let_go_of_and_reaped_later(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If anybody waited for it on the loop, it would have ended by itself when the call returns."""
+    monkeypatch.setattr(children, "KILLED_S", 600.0 if "cancelled" in how else 0.1)
+    monkeypatch.setattr(children, "_REAP_S", 0.01)
+    process = Undying([sys.executable, "-c", "import time; time.sleep(20)"])
+    ours, theirs = socket.socketpair()
+    with theirs:
+        child = Child(process, Pipe(ours), "the sleeper", None, 0)
+        ending = asyncio.ensure_future(child.close() if how == "close" else child.stop(0.0))
+        if "cancelled" in how:
+            async with asyncio.timeout(10):
+                while not process.was_killed:  # noqa: ASYNC110 - a signal has no event
+                    await asyncio.sleep(0)
+            ending.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await ending
+        else:
+            assert await ending == (None if how == "close" else -signal.SIGKILL)
+            assert f"the sleeper was killed and does not end: process {child.pid}" in caplog.text
+        assert process.was_killed
+        assert child.is_alive
+        os.kill(child.pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            while process.returncode is None:  # noqa: ASYNC110 - nobody tells when it is reaped
+                await asyncio.sleep(0.01)
+        assert process.returncode == -signal.SIGKILL
+
+
+async def test_a_child_is_waited_for_where_there_is_no_pidfd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    async with child_of(ECHO) as child:
+        waiting = asyncio.ensure_future(child.wait())
+        await child.send(b"still here?")
+        assert await child.receive() == b"still here?"
+        assert not waiting.done()
+        assert await child.stop(20.0) == 0
+        assert await waiting == 0
 
 
 async def test_the_error_of_a_dead_child_tells_its_last_words(tmp_path: Path) -> None:

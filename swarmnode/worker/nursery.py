@@ -15,7 +15,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from swarmnode.children import Child, leashed, open_log, python_module, spawn_child
+from swarmnode.children import (
+    Child,
+    kill_and_reap,
+    leashed,
+    open_log,
+    python_module,
+    spawn_child,
+)
 from swarmnode.errors import ChildError
 from swarmnode.pipes import Pipe
 from swarmnode.worker.engine.nursery import BORN, RECORD
@@ -91,12 +98,12 @@ class Nursery:
                 if self._num_jobs or time.monotonic() < self._kept_until_s:
                     await self._fill()
                 else:
-                    self._drop()
+                    await self._drop()
                 self._tried.set()
         finally:
             self._runs = False
             self._tried.set()
-            self._drop()
+            await self._drop()
 
     @property
     def _is_child_waiting(self) -> bool:
@@ -105,9 +112,9 @@ class Nursery:
     async def _fill(self) -> None:
         if self._is_child_waiting:
             return
-        if self._waiting is not None:
-            self._waiting.close()
-            self._waiting = None
+        dead, self._waiting = self._waiting, None
+        if dead is not None:
+            await dead.close()
         try:
             if self._forks is None:
                 self._forks = _Forks(self._env, self._log)
@@ -115,17 +122,17 @@ class Nursery:
         except ChildError:
             return
         except (OSError, TimeoutError):  # it was killed, perhaps; the next one may do better
-            if self._forks is not None:
-                self._forks.close()
-                self._forks = None
+            await self._drop()
 
-    def _drop(self) -> None:
-        if self._waiting is not None:
-            self._waiting.close()
-            self._waiting = None
-        if self._forks is not None:
-            self._forks.close()
-            self._forks = None
+    async def _drop(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        forks, self._forks = self._forks, None
+        try:
+            if waiting is not None:
+                await waiting.close()
+        finally:
+            if forks is not None:
+                await forks.close()
 
 
 class _Forks:
@@ -177,11 +184,10 @@ class _Forks:
             self._read()
         return self._statuses.pop(pid, -signal.SIGKILL)  # it died with the nursery
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._end()
         self._sock.close()
-        self._process.kill()
-        self._process.wait()
+        await kill_and_reap(self._process, "the nursery")
 
     def _read(self) -> None:
         """Take one record, whoever waits for it."""
@@ -222,13 +228,6 @@ class _Fork:
         """The exit status as `subprocess` tells it; None while it lives."""
         if self._status is None and select.select([self._pidfd], [], [], 0)[0]:
             self._end()
-        return self._status
-
-    def wait(self) -> int:
-        if self._status is None:
-            select.select([self._pidfd], [], [])
-            self._end()
-        assert self._status is not None
         return self._status
 
     def kill(self) -> None:

@@ -99,7 +99,7 @@ async def test_one_may_end_while_another_is_born(tmp_path: Path) -> None:
                 async with asyncio.timeout(30):
                     child = await nursery.child("short-lived")
                 await asyncio.sleep(0)  # the next one has been asked for
-                child.close()
+                await child.close()
 
 
 async def test_if_the_nursery_dies_its_children_do_and_the_next_come_from_another(
