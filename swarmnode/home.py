@@ -53,15 +53,45 @@ def write_private(path: Path, text: str) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that it is there completely or as it was before, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    """Write a file so that it is there completely or as it was before, also after a power cut.
+
+    Several threads may write the same one: the last holds. Raises: OSError.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        os.fsync(folder)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
     finally:
-        os.close(folder)
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def remove_partials(folder: Path, name: str = "") -> None:
+    """Delete what a crash has left half-written of the file `name`, or of all, in a folder.
+
+    Call it while nobody writes there.
+    """
+    for path in (*folder.glob(f"{name}*.partial"), *folder.glob(f".{name}*.partial")):
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and what lacks above it, where it is not there yet; what is made is still
+    there after a power cut. Raises: OSError."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's list of names is on the disk. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

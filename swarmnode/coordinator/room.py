@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from swarmnode.errors import SwarmError
-from swarmnode.home import write_durably
+from swarmnode.home import remove_partials, write_durably
 
 ROOM_S = 10.0
 """Between two looks whether there is room again."""
@@ -60,4 +60,4 @@ def _claim(directory: Path) -> None:
         write_durably(path, bytes(ROOM_BYTES))
     finally:
         path.unlink(missing_ok=True)
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+        remove_partials(directory, path.name)

@@ -13,6 +13,7 @@ from swarmnode.manifest import DataContent
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.blobs import BlobClient
 from swarmnode.p2p.states import TensorIndex, write_safetensors
+from swarmnode.threads import in_thread
 from swarmnode.tokens import TokenIndex
 from swarmnode.updates import UpdateIndex
 from swarmnode.worker.handoff import Update
@@ -123,18 +124,7 @@ class Fetcher:
                 raise SwarmError("nobody waits for this any more")
             return self._store.read(ref)
 
-        writing = asyncio.get_running_loop().run_in_executor(None, write, read)
-        cancelled: asyncio.CancelledError | None = None
-        while not writing.done():
-            try:
-                await asyncio.wait([writing])  # a cancelled wait does not cancel what it is for
-            except asyncio.CancelledError as error:
-                is_given_up.set()
-                cancelled = error
-        if cancelled is not None:
-            writing.exception()  # is of no interest
-            raise cancelled
-        writing.result()
+        await in_thread(write, read, on_cancel=is_given_up.set)
 
     async def _fetch(
         self,

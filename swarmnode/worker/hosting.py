@@ -29,6 +29,7 @@ from swarmnode.messages import (
 from swarmnode.p2p.ports import Stream
 from swarmnode.p2p.session import Conversation
 from swarmnode.papers import Papers
+from swarmnode.threads import in_thread
 from swarmnode.worker.answers import answer, refusal
 from swarmnode.worker.child_host import ChildHost
 from swarmnode.worker.state_keeper import StateKeeper, load_tenancy, save_tenancy
@@ -148,24 +149,24 @@ class JobHost:
     async def _load(self) -> None:
         if self._is_loaded:
             return
-        found = await asyncio.to_thread(load_tenancy, self._directory)
+        found = await in_thread(load_tenancy, self._directory)
         if found is not None:
             self.tenancy, _, _ = found
-            await asyncio.to_thread(self.keeper.load)
+            await in_thread(self.keeper.load)
         self._is_loaded = True
 
     async def _promise(self, before: Tenancy, after: Tenancy) -> None:
-        await asyncio.to_thread(self.keeper.unsettle)
+        await in_thread(self.keeper.unsettle)
         self.tenancy = after  # from here on nothing lower is served
         self._tools.switch.fence(self.job, after.promised)
         if after.plan is not None and after.plan is not before.plan:
-            await asyncio.to_thread(self.keeper.change_layers, before.plan, after.plan)
+            await in_thread(self.keeper.change_layers, before.plan, after.plan)
         if after != before or not self._is_saved:
             await self._save()
 
     async def _save(self) -> None:
         self._is_saved = False  # a full disk now must not make the next question's yes empty
-        await asyncio.to_thread(
+        await in_thread(
             save_tenancy, self._directory, self.tenancy, self._canonical, self._signature
         )
         self._is_saved, self.has_unsaved_release = True, False
@@ -230,8 +231,8 @@ class JobHost:
         async with self._lock:
             self.tenancy = replace(self.tenancy, is_released=True, is_over=release.is_over)
             self.has_unsaved_release = True
-            await asyncio.to_thread(self.keeper.unsettle)
-            await asyncio.to_thread(self.keeper.remove)
+            await in_thread(self.keeper.unsettle)
+            await in_thread(self.keeper.remove)
             await self._save()
 
     async def save_release(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from swarmnode.domain import BlobRef, PeerId, Plan
 from swarmnode.engine_messages import Base, Replay
 from swarmnode.errors import DataError, ProtocolError, SwarmError
-from swarmnode.home import write_durably
+from swarmnode.home import make_folder, remove_partials, sync_folder, write_durably
 from swarmnode.messages import (
     Held,
     Ready,
@@ -29,7 +29,7 @@ from swarmnode.worker import handoff
 from swarmnode.worker.files import FileKind, read_state_name, stage_directory
 from swarmnode.worker.handoff import Handoff, Holding
 from swarmnode.worker.tenancy import Tenancy
-from swarmnode.worker.training.log import UpdateLog, newest_run, sync_directory
+from swarmnode.worker.training.log import UpdateLog, newest_run
 
 _BEST_FIRST: tuple[FileKind, ...] = ("snapshot", "export", "fetched")
 _FOLDER = "stage-"
@@ -61,10 +61,9 @@ class StateKeeper:
 
     def load(self) -> None:
         """Look through the folder after a restart: what is torn or damaged goes, all else stays."""
+        remove_partials(self.directory)
         for stage in self._stages_on_disk():
-            folder = stage_directory(self.directory, stage)
-            for path in (*folder.glob("*.partial"), *folder.glob(".*.partial")):
-                path.unlink(missing_ok=True)
+            remove_partials(stage_directory(self.directory, stage))
             for path in self._files(stage).values():
                 try:
                     check_data(path)
@@ -329,9 +328,9 @@ def save_tenancy(directory: Path, tenancy: Tenancy, manifest: bytes, signature: 
     body = {**tenancy.to_json(), "manifest": manifest.decode(), "signature": signature.hex()}
     body["sha256"] = _digest(body)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         write_durably(directory / TENANCY_NAME, json.dumps(body).encode())
-        sync_directory(directory.parent)
+        sync_folder(directory.parent)
     except OSError as error:
         raise SwarmError(f"cannot write {directory / TENANCY_NAME}: {error.strerror}") from error
 

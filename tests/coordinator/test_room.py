@@ -260,3 +260,9 @@ def test_a_full_disk_is_found_in_groups_and_behind_other_errors() -> None:
     assert room.full_disk(wrapped) is full
     assert room.full_disk(OSError(errno.EDQUOT, "quota")) is not None
     assert room.full_disk(ExceptionGroup("", [broken, SwarmError("x")])) is None
+
+
+def test_looking_for_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "room.0a1b2c3d.partial").write_bytes(b"of a life that a crash ended")
+    room._claim(tmp_path)
+    assert list(tmp_path.iterdir()) == []

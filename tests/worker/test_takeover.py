@@ -335,6 +335,7 @@ async def test_a_daemon_that_was_restarted_goes_on_from_its_disk(
         assert state_path(folder, 0, 4, "export").exists()
 
     (folder / "stage-0" / ".9.safetensors.1.partial").write_bytes(b"torn")
+    (folder / "tenancy.json.0a1b2c3d.partial").write_bytes(b"torn")
     state_path(folder, 0, 4, "export").write_bytes(b"torn")
     state_path(folder, 0, 3, "snapshot").rename(state_path(folder, 0, 3, "fetched"))
     async with lone_node(blobs) as n:
