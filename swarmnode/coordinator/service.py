@@ -31,7 +31,7 @@ from swarmnode.coordinator.standby import JOURNAL_FILE, StandbyJournals
 from swarmnode.coordinator.submission import FactsOf, prepare
 from swarmnode.domain import JobId, ModelFacts, PeerId, Plan
 from swarmnode.errors import NotFoundError, SwarmError
-from swarmnode.home import write_durably
+from swarmnode.home import make_folder, sync_folder, write_durably
 from swarmnode.manifest import JobFile, Manifest, PlacementConfig, parse_job
 from swarmnode.p2p.identity import Identity
 from swarmnode.p2p.session import first_error
@@ -172,6 +172,7 @@ class CoordinatorService:
         Raises: SwarmError, OSError.
         """
         files.directory.mkdir(parents=True)
+        sync_folder(files.directory.parent)
         try:
             files.write()
             return self._opened(files)
@@ -264,7 +265,7 @@ class CoordinatorService:
         if first is None:
             raise SwarmError(f"the journal of job {job} has not arrived")
         directory = self._directory / job
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         journal = directory / JOURNAL_FILE
         try:
             read_whole_journal(journal)  # of an earlier life, in which we coordinated it

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from swarmnode.domain import BlobRef
 from swarmnode.errors import ChunkError, SwarmError
+from swarmnode.home import make_folder, sync_folder
 from swarmnode.wire import MAX_BLOB_BYTES
 
 BORROWED_S = 7 * 86400.0
@@ -67,6 +68,8 @@ class BlobStore:
         try:
             for folder in (self.scratch, self._borrowed):
                 folder.mkdir(parents=True, exist_ok=True)
+            if durable:  # folders that an earlier life made, and did not live to sync
+                sync_folder(root)
             oldest_s = time.time() - BORROWED_S
             for leftover in (*self.scratch.iterdir(), *self._borrowed.iterdir()):
                 if leftover.parent == self.scratch or leftover.stat().st_mtime < oldest_s:
@@ -125,7 +128,7 @@ class BlobStore:
         """Make the store's own file of a blob; a link to what is borrowed costs no copy."""
         data = self.read(ref)
         try:
-            path.parent.mkdir(exist_ok=True)
+            self._make_folder(path.parent)
             os.link(self._borrowed_path(ref), path)
         except OSError:  # it is not borrowed, or the file system has no links
             self._write(path, data)
@@ -234,11 +237,19 @@ class BlobStore:
         self._sound.pop(path.name, None)
         path.unlink(missing_ok=True)
 
+    def _make_folder(self, path: Path) -> None:
+        """Have the folder of an own file; no thread goes on before its name is on the disk."""
+        if self._durable:
+            with self._lock:
+                make_folder(path)
+        else:
+            path.mkdir(exist_ok=True)
+
     def _write(self, path: Path, data: bytes | bytearray | memoryview) -> None:
         """Write `path` through a temporary file and a rename; `_sync` makes it outlast a crash."""
         partial: str | None = None
         try:
-            path.parent.mkdir(exist_ok=True)
+            self._make_folder(path.parent)
             descriptor, partial = tempfile.mkstemp(dir=self.scratch)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)

@@ -262,6 +262,24 @@ def test_a_full_disk_is_found_in_groups_and_behind_other_errors() -> None:
     assert room.full_disk(ExceptionGroup("", [broken, SwarmError("x")])) is None
 
 
+async def test_a_new_job_is_on_the_disk_with_the_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, synced, fsync = tmp_path / "jobs", list[str](), os.fsync
+    disk.mkdir()
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    async with Life(disk, tmp_path).running() as service:
+        monkeypatch.setattr(os, "fsync", noted)
+        folder = disk / "job"
+        folder.mkdir()
+        service._write_job(folder, manifest().canonical(), b"", FACTS, None)
+    assert synced[-2:] == [str(folder), str(disk)]
+
+
 def test_looking_for_room_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "room.0a1b2c3d.partial").write_bytes(b"of a life that a crash ended")
     room._claim(tmp_path)

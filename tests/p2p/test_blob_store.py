@@ -346,17 +346,24 @@ def test_what_could_not_be_owned_is_borrowed_still(tmp_path: Path, store: BlobSt
 def test_what_is_only_borrowed_need_not_outlast_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, synced = BlobStore(tmp_path, durable=True), set[str]()
-    real = os.fsync
+    real, synced = os.fsync, set[str]()
 
     def fsync(descriptor: int) -> None:
         synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    store = BlobStore(tmp_path, durable=True)
+    assert synced == {str(tmp_path.resolve())}, "of an earlier life there may be folders"
+    synced.clear()
     refs = [store.put(name, is_borrowed=True) for name in (b"put", b"owned", b"neither")]
     assert not synced
     store.put(b"put")
     store.own(refs[1:2])
     kept = {blob_path(store.root, ref) for ref in refs[:2]}
-    assert synced == {str(path.resolve()) for path in (*kept, *(path.parent for path in kept))}
+    folders = (store.root, *(path.parent for path in kept))
+    assert synced == {str(path.resolve()) for path in (*kept, *folders)}
+    synced.clear()
+    store.remove(refs[0])
+    store.put(b"put")
+    assert str(store.root.resolve()) not in synced, "its folder is there"

@@ -105,6 +105,23 @@ def test_what_was_written_is_found_again_and_served(tmp_path: Path) -> None:
         log.ranges(7)
 
 
+def test_a_durable_entry_has_its_folder_on_the_disk_whoever_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, synced, fsync = UpdateLog(tmp_path / "stage-0"), list[str](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    log.directory.mkdir()  # for a snapshot, say
+    log.write(1, [content(1)])
+    assert synced[-2:] == ["stage-0", tmp_path.name]
+    log.write(2, [content(2)])
+    assert synced.count(tmp_path.name) == 1
+
+
 def test_an_entry_that_is_written_again_replaces_the_first(tmp_path: Path) -> None:
     log = filled(tmp_path, 1)
     assert log.write(1, [b"other"]) == index_update(1, [b"other"]).ref

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from swarmnode.domain import BlobRef
 from swarmnode.errors import DataError, ProtocolError
+from swarmnode.home import sync_folder
 from swarmnode.p2p.blob_store import Range
 from swarmnode.updates import UpdateIndex, index_update
 from swarmnode.wire import MAX_BLOB_BYTES
@@ -33,6 +34,8 @@ class UpdateLog:
     def __init__(self, directory: Path, *, durable: bool = True) -> None:
         self.directory = directory
         self._durable = durable
+        self._is_named = not durable
+        """Whether the folder's own name is on the disk, whoever made it."""
 
     def write(self, step: int, payloads: Sequence[Payload]) -> BlobRef:
         """Store the update of `step`, in place of an earlier one; the name of its index.
@@ -46,7 +49,10 @@ class UpdateLog:
             self._put(self.update_path(step), payloads)
             self._put(self.index_path(step), [index.to_json()])
             if self._durable:
-                sync_directory(self.directory)
+                sync_folder(self.directory)
+            if not self._is_named:
+                sync_folder(self.directory.parent)
+                self._is_named = True
         except OSError as error:
             raise DataError(
                 f"cannot log step {step} in {self.directory}: {error.strerror}; free some space"
@@ -109,7 +115,7 @@ class UpdateLog:
         try:
             self._put(path, [b"%08x" % zlib.crc32(said), said])
             if self._durable:
-                sync_directory(self.directory)
+                sync_folder(self.directory)
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}; free some space") from error
 
@@ -163,12 +169,3 @@ def newest_run(entries: Mapping[int, object] | Iterable[int]) -> list[int]:
             break
         run.append(step)
     return run[::-1]
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until a folder's list of names is on the disk. Raises: OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
