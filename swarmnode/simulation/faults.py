@@ -116,6 +116,7 @@ class Faults:
             if process.alive:
                 swarm.world.tell(machine.name, "thaws")
                 swarm.world.thaw(process)
+                swarm.network.thawed(machine)
                 swarm.directory.resume(machine.name)
                 swarm.disturbed(machine.name)
 
@@ -194,9 +195,12 @@ class Faults:
         disk = machine.disk
         self._tell(machine, "full disk")
         disk.is_full = True
+        presence, world = self._swarm.network.presence, self._swarm.world
+        presence.begins((machine.name, "full"), world.now_s)
 
         def heal() -> None:
             disk.is_full = False
+            presence.ends((machine.name, "full"), world.now_s)
             self._swarm.disturbed(machine.name)
 
         self._swarm.world.after(self._chance.choice(LENGTHS_S), None, heal)
@@ -245,12 +249,15 @@ class Faults:
     def _live_rot(self, machine: Machine) -> None:
         """The same under a running daemon, which has looked at its files when it started."""
         self._tell(machine, "live rot")
+        swarm = self._swarm
+        swarm.network.presence.begins((machine.name, "rotten"), swarm.world.now_s)
         self._flip(machine)
 
     def _flip(self, machine: Machine) -> None:
         paths = [path for path in machine.disk.paths("jobs/") if "/stage-" in path]
         if paths:
             machine.disk.rot(self._chance.choice(paths), self._chance)
+            self._swarm.invariants.damaged(machine.name)
 
     def _child(self, machine: Machine) -> None:
         if machine.runs:

@@ -5,11 +5,11 @@ generation; each microbatch counts once; equal steps have equal states; nobody a
 fenced off; a commit is in a journal before anybody hears of it.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass, field
 
 from swarmnode.coordinator.events import BegunRecord, CommitRecord, Record, StartedRecord
-from swarmnode.domain import Generation, JobId, Plan
+from swarmnode.domain import Generation, JobId, Plan, SlotId
 from swarmnode.errors import SwarmError
 from swarmnode.messages import (
     Answer,
@@ -17,9 +17,6 @@ from swarmnode.messages import (
     Ready,
 )
 from swarmnode.simulation.history import History
-
-STABLE_S = 22.0
-"""A holder that could be reached for so long must have been found."""
 
 
 class Violation(SwarmError):
@@ -38,6 +35,8 @@ class _Job:
     said: dict[tuple[int, str], int] = field(default_factory=dict)
     """By stage and machine: the newest step of which it has said that its update is on its disk;
     a plan that begins at an earlier one takes it off again."""
+    ready: dict[tuple[Generation, SlotId], int] = field(default_factory=dict)
+    """By slot or shadow of a generation: the newest step of which it was said at all."""
     begun: dict[Generation, tuple[str, Plan]] = field(default_factory=dict)
     promised: dict[str, Generation] = field(default_factory=dict)
     """By machine: the highest generation that it was heard to promise."""
@@ -46,6 +45,11 @@ class _Job:
     writing: dict[str, Record] = field(default_factory=dict)
     """By machine: what it was about to write when it was last heard of."""
     journaled: set[tuple[str, Generation, int]] = field(default_factory=set)
+
+    @property
+    def newest(self) -> Generation:
+        """The last generation of which anybody was told."""
+        return max(self.begun, default=Generation(0))
 
 
 class Invariants:
@@ -75,10 +79,15 @@ class Invariants:
             self._taken(known, known.begun[record.generation][1])
         if not isinstance(record, CommitRecord):
             return
-        step = record.step
+        step, wrote = record.step, known.journals.get(who, record.step)
         known.journals[who] = step + 1
         known.journaled.add((who, record.generation, step))
         self.num_checks += 1
+        if step != wrote:
+            raise Violation(
+                f"{who} commits step {step} of generation {record.generation}, but its journal "
+                f"has {wrote} steps"
+            )
         if step > known.num_committed:
             raise Violation(
                 f"{who} commits step {step} of generation {record.generation}, but only "
@@ -92,12 +101,19 @@ class Invariants:
                 f"of stages {stages} (scale {record.scale:g}) than the undisturbed run's"
             )
         known.num_committed = max(known.num_committed, step + 1)
-        known.head = step + 1
-        if record.generation in known.begun and step + 1 == known.num_committed:
+        if record.generation < known.newest:
+            return  # of a generation that is over: where the job stands, others decide by now
+        known.head = max(known.head, step + 1)
+        if record.generation in known.begun and step + 1 == known.head:
             known.held_by = known.begun[record.generation][1]
 
     def _taken(self, known: _Job, plan: Plan) -> None:
-        """All holders of a plan have their states, and those of the one before may be let go."""
+        """All holders of a plan have their states, and those of the one before may be let go. Who
+        holds what is not known any more where a later plan was told to anybody meanwhile."""
+        if plan.generation < known.newest:
+            if known.held_by is not None and known.held_by.generation < plan.generation:
+                known.held_by = None
+            return
         known.held_by = plan
         for stage in range(plan.num_stages):
             for peer in plan.holders(stage):
@@ -120,10 +136,13 @@ class Invariants:
             known.journals[who] = step
         elif step != wrote:
             raise Violation(f"{who} takes up its journal at step {step}, it wrote {wrote} steps")
+        known.journals[who] = step
 
     def said(self, who: str, ready: Ready) -> None:
         """A worker tells its coordinator that an update is in its log."""
-        self._jobs[ready.job].said[ready.source.stage, who] = ready.step
+        known = self._jobs[ready.job]
+        known.said[ready.source.stage, who] = ready.step
+        known.ready[ready.generation, ready.source] = ready.step
 
     def counted(self, who: str, stage: int, step: int, counts: bytes) -> None:
         """A machine holds the whole update of a stage, with each microbatch so often in it."""
@@ -134,17 +153,23 @@ class Invariants:
                 f"count {list(counts)} times"
             )
 
-    def begun(self, job: JobId, who: str, plan: Plan, step: int, *, findable: list[str]) -> None:
-        """A coordinator assigns work. `findable`: machines whose disk is whole and that it could
-        reach for STABLE_S."""
+    def begun(
+        self, job: JobId, who: str, plan: Plan, step: int,
+        known_at: Callable[[str], Set[int]],
+    ) -> None:  # fmt: skip
+        """A coordinator assigns work. `known_at`: how many seconds ago, as far back as a stage is
+        looked for, it must have known what is on the disk of a machine."""
         known = self._jobs[job]
         self.num_checks += 1
+        is_new = plan.generation > known.newest
         first = known.begun.setdefault(plan.generation, (who, plan))
         is_same = (first[1].slots, first[1].links) == (plan.slots, plan.links)
         if first[0] != who or not is_same or plan.coordinator != who:
             raise Violation(
                 f"{who} begins generation {plan.generation}, which {first[0]} has begun already"
             )
+        if not is_new:
+            return  # told to one more, or late: it takes back nothing of a later one
         head, known.head = known.head, step
         said = known.said
         known.said = {key: min(newest, step - 1) for key, newest in said.items()}
@@ -154,19 +179,25 @@ class Invariants:
                 {p for p in last.holders(stage) if said.get((stage, p), -1) >= head - 1}
                 for stage in range(last.num_stages)
             ]
-            if all(holders.intersection(findable) for holders in found):
+            times: list[set[int]] = [set().union(*map(known_at, holders)) for holders in found]
+            if at_once := set.intersection(*times):
                 raise Violation(
-                    f"{who} goes back to step {step} of {head} although all stages "
-                    f"have holders that it can reach, among {findable}"
+                    f"{who} goes back to step {step} of {head} although {min(at_once)} s ago "
+                    f"it could reach holders of all stages, {list(map(sorted, found))}"
                 )
 
     def commit_sent(self, job: JobId, who: str, commit: Commit) -> None:
+        known, generation = self._jobs[job], commit.generation
         self.num_checks += 1
-        if (who, commit.generation, commit.step) not in self._jobs[job].journaled:
-            raise Violation(
-                f"{who} tells of the commit of step {commit.step}, generation {commit.generation}, "
-                "before it is in its journal"
-            )
+        what = f"{who} tells of the commit of step {commit.step}, generation {generation},"
+        if (who, generation, commit.step) not in known.journaled:
+            raise Violation(f"{what} before it is in its journal")
+        _, plan = known.begun[generation]
+        for stage in range(plan.num_stages):
+            slots = [SlotId(stage, number) for number in range(len(plan.holders(stage)))]
+            late = [slot for slot in slots if known.ready.get((generation, slot)) != commit.step]
+            if late:
+                raise Violation(f"{what} before slots {late} have its update")
 
     def answered(self, job: JobId, who: str, answer: Answer) -> None:
         """A promise leaves the machine."""
@@ -216,8 +247,14 @@ class Invariants:
             if known.begun and of in (None, job)
         ]
 
+    def damaged(self, who: str) -> None:
+        """Something that is lost was on a machine's disk: what it has said of it counts no more."""
+        for known in self._jobs.values():
+            known.said = {key: step for key, step in known.said.items() if key[1] != who}
+
     def wiped(self, who: str) -> None:
         """A machine has lost its disk, and so its promises."""
+        self.damaged(who)
         for known in self._jobs.values():
             known.promised.pop(who, None)
             known.journals.pop(who, None)

@@ -17,6 +17,7 @@ from swarmnode.messages import (
     Message,
 )
 from swarmnode.simulation.disk import Disk
+from swarmnode.simulation.presence import Presence
 from swarmnode.simulation.world import Process, World
 
 DEAD_AFTER_S, HEARTBEAT_S = 5.0, 1.0
@@ -149,6 +150,7 @@ class Network:
         self.byte_factors: dict[JobId, float] = {}
         """Bytes that one byte of a job's toy payloads stands for."""
         self.num_messages = 0
+        self.presence = Presence()
         self._ends: dict[str, dict[End, None]] = {}
         self._blockings = 0
         self._repeats: dict[str, float] = {}
@@ -227,6 +229,7 @@ class Network:
 
     def died(self, machine: Machine, *, with_power: bool) -> None:
         """The daemon of `machine` is gone. With its machine up, the kernel says so at once."""
+        self.presence.begins((machine.name, "down"), self.world.now_s)
         for end in self.ends_of(machine.name):
             end.is_open = False
             self.forget(end)
@@ -237,6 +240,8 @@ class Network:
 
     def rebooted(self, machine: Machine) -> None:
         """The kernel of a machine that came back refuses what belonged to its earlier life."""
+        self.presence.ends((machine.name, "down"), self.world.now_s)
+        self.presence.ends((machine.name, "frozen"), self.world.now_s)
         for ends in self._ends.values():
             for end in list(ends):
                 if end.other.machine is machine and not end.other.is_open:
@@ -247,12 +252,17 @@ class Network:
         """Nothing comes from `machine`: whoever has a conversation with it loses patience."""
         process = machine.process
         assert process is not None
+        self.presence.begins((machine.name, "frozen"), self.world.now_s)
         freezes = process.freezes
         for end in self.ends_of(machine.name):
             if end.protocol == "control" and end.other.machine is not machine:
                 self.world.after(
                     self._patience_s(), None, self._still_frozen, end, process, freezes
                 )
+
+    def thawed(self, machine: Machine) -> None:
+        """It goes on: with what came meanwhile, in its order."""
+        self.presence.ends((machine.name, "frozen"), self.world.now_s)
 
     def _still_frozen(self, end: End, process: Process, freezes: int) -> None:
         if process.frozen and process.freezes == freezes:
@@ -264,6 +274,7 @@ class Network:
         self._blockings += 1
         for way in ways:
             self.blocked[way] = self._blockings
+            self.presence.begins(way, self.world.now_s)
             for end in self.ends_of(way[1]):
                 if end.peer == way[0] and end.protocol == "control":
                     self.world.after(
@@ -285,6 +296,7 @@ class Network:
         for way in ways:
             if self.blocked.pop(way, None) is None:
                 continue
+            self.presence.ends(way, self.world.now_s)
             for end in self.ends_of(way[0]):
                 if end.peer == way[1]:
                     end.release()

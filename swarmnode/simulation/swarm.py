@@ -24,7 +24,7 @@ from swarmnode.simulation.daemon import Daemon
 from swarmnode.simulation.directory import Directory
 from swarmnode.simulation.faults import Faults
 from swarmnode.simulation.history import HASH_BYTES, History
-from swarmnode.simulation.invariants import STABLE_S, Invariants, Violation
+from swarmnode.simulation.invariants import Invariants, Violation
 from swarmnode.simulation.network import Machine, Network
 from swarmnode.simulation.scenario import JobSection, Scenario
 from swarmnode.simulation.statistics import Statistics
@@ -109,12 +109,6 @@ class Swarm:
         """A fault happens to this machine."""
         self.statistics.hit(name, kind, self.world.now_s)
 
-    def is_stable(self, name: str) -> bool:
-        machine = self.network.machines[name]
-        calm_s = self.world.now_s - self._disturbed_s[name]
-        is_whole = not machine.disk.is_damaged and not machine.clock_off_s
-        return machine.runs and is_whole and calm_s > STABLE_S
-
     def _memory_bytes(self) -> int:
         """Room for as many slots as the scenario says, of the job with the largest stages."""
         most = 1
@@ -176,10 +170,10 @@ class Swarm:
             self.statistics.committed(job, record, self.world.now_s)
 
     def begun(self, job: JobId, who: str, assign: Assign) -> None:
-        findable = [name for name in self.daemons if self.is_stable(name)]
-        if not self.is_stable(who):
-            findable = []
-        self.invariants.begun(job, who, assign.plan, assign.step, findable=findable)
+        def known_at(peer: str) -> set[int]:
+            return self.network.presence.moments(who, peer, self.world.now_s)
+
+        self.invariants.begun(job, who, assign.plan, assign.step, known_at)
         self.statistics.begun(job, assign.plan, self.world.now_s)
 
     def commit_sent(self, job: JobId, who: str, commit: Commit) -> None:

@@ -23,7 +23,7 @@ PEACE = Scenario(
 """Nothing breaks, but machines come and, politely, go."""
 
 
-def first_violation(scenario: Scenario, most_seeds: int) -> Outcome | None:
-    """The first seed in which something happened that never may."""
+def first_violation(scenario: Scenario, most_seeds: int, violation: str) -> Outcome | None:
+    """The first seed in which this happened, which never may."""
     outcomes = (run_seed(scenario, seed) for seed in range(most_seeds))
-    return next((outcome for outcome in outcomes if outcome.violation), None)
+    return next((outcome for outcome in outcomes if violation in outcome.violation), None)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from swarmnode.coordinator import events as on
+from swarmnode.coordinator import forming
 from swarmnode.coordinator.inquiry import Inquiry
 from swarmnode.coordinator.job_state import JobState
 from swarmnode.coordinator.ledger import Ledger
@@ -47,16 +48,18 @@ RESTARTS = Scenario(
 """Often all holders of a stage are started again at once, and read what is on their disks."""
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, scenario: Scenario = FAULTS) -> str:
-    """What the first seed shows with the safeguard taken out; with it, the same seed is fine."""
-    found = first_violation(scenario, MOST_SEEDS)
+def assert_shows(
+    violation: str, monkeypatch: pytest.MonkeyPatch, scenario: Scenario = FAULTS
+) -> None:
+    """With the safeguard taken out, some seed shows this violation; with it, the seed is fine."""
+    found = first_violation(scenario, MOST_SEEDS, violation)
     monkeypatch.undo()
     assert found is not None
     assert run_seed(scenario, found.seed).violation == ""
-    return found.violation
 
 
-def test_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("violation", ["has begun already", "after it promised"])
+def test_fencing(violation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promises are given to everybody and never looked at."""
 
     def grant(
@@ -71,19 +74,23 @@ def test_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tenancy, "obeys", lambda *_: True)
     monkeypatch.setattr(Tenancy, "on_inquire", grant)
     monkeypatch.setattr(Tenancy, "on_assign", adopt)
-    assert shown(monkeypatch)
+    assert_shows(violation, monkeypatch)
 
 
 def test_nobody_hears_who_reads_its_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Inquiry, "checking", lambda *_: None)
-    assert "goes back to step" in shown(monkeypatch, RESTARTS)
+    assert_shows("goes back to step", monkeypatch, RESTARTS)
+
+
+def test_a_lost_stage_is_looked_for_too_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder's disk comes back, but the job is at its last checkpoint by then."""
+    monkeypatch.setattr(forming, "SEARCH_S", 2.0)
+    assert_shows("goes back to step", monkeypatch)
 
 
 def test_nobody_hears_who_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ledger, "_on_leaving", lambda *_: [])
-    found = first_violation(PEACE, 5)
-    assert found is not None
-    assert "wants to leave and is not let go" in found.violation
+    assert first_violation(PEACE, 5, "wants to leave and is not let go") is not None
 
 
 def test_the_log_is_replayed_without_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +102,7 @@ def test_the_log_is_replayed_without_one_record(monkeypatch: pytest.MonkeyPatch)
         real(self, state, base)
 
     monkeypatch.setattr(Child, "_replay", skip_first)
-    assert "another state of stage" in shown(monkeypatch)
+    assert_shows("another state of stage", monkeypatch)
 
 
 def test_the_journal_is_read_without_its_last_commit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +114,7 @@ def test_the_journal_is_read_without_its_last_commit(monkeypatch: pytest.MonkeyP
         real(self, [record for i, record in enumerate(records) if i != last])
 
     monkeypatch.setattr(JobState, "restore", forget)
-    assert shown(monkeypatch)
+    assert_shows("takes up its journal at step", monkeypatch)
 
 
 def test_half_of_the_voters_are_enough_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +125,11 @@ def test_half_of_the_voters_are_enough_for_anybody(monkeypatch: pytest.MonkeyPat
         return 2 * count >= len(group)
 
     monkeypatch.setattr(Inquiry, "_is_enough", is_enough)
-    assert shown(monkeypatch)
+    assert_shows("has begun already", monkeypatch)
 
 
 def test_a_ready_that_comes_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of one holder of a stage for that of another one, who has not got the update yet."""
     real = Votes.add
 
     def count(self: Votes, ready: Ready) -> None:
@@ -130,7 +138,9 @@ def test_a_ready_that_comes_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) 
 
     def is_complete(self: Votes, plan: Plan) -> bool:
         heard: int = self.__dict__.get("num_heard", 0)
-        return heard >= sum(len(plan.holders(stage)) for stage in range(plan.num_stages))
+        stages = range(plan.num_stages)
+        has_all_stages = {slot.stage for slot in self._ready} == {*stages}
+        return has_all_stages and heard >= sum(len(plan.holders(stage)) for stage in stages)
 
     def clear(self: Votes) -> None:
         self.__dict__["num_heard"] = 0
@@ -139,7 +149,7 @@ def test_a_ready_that_comes_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Votes, "add", count)
     monkeypatch.setattr(Votes, "is_complete", is_complete)
     monkeypatch.setattr(Votes, "clear", clear)
-    assert shown(monkeypatch)
+    assert_shows("have its update", monkeypatch)
 
 
 def test_a_microbatch_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +161,12 @@ def test_a_microbatch_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         real(self, slot, losses)
 
     monkeypatch.setattr(ToyReduction, "share", share)
-    assert "microbatches count [1, 2, 1, 1] times" in shown(monkeypatch)
+    assert_shows("microbatches count [1, 2, 1, 1] times", monkeypatch)
 
 
 def test_frames_that_come_again_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule itself notices: what would count twice has arrived before."""
+
     def accept(self: Steps, frame: Frame, payload: Payload) -> None:
         run: _Run = self._run(frame.step, frame.evaluate)
         if run.pipeline is None:
@@ -163,7 +175,7 @@ def test_frames_that_come_again_are_taken_again(monkeypatch: pytest.MonkeyPatch)
             self._deliver(run, frame, payload)
 
     monkeypatch.setattr(Steps, "_accept", accept)
-    assert shown(monkeypatch)
+    assert_shows("AssertionError in SlotSchedule.arrived", monkeypatch)
 
 
 def test_patience_goes_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +183,7 @@ def test_patience_goes_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> Non
         return self.swarm.directory.wall_s(self.machine)
 
     monkeypatch.setattr(Daemon, "monotonic_s", property(wall_s))
-    assert "not done" in shown(monkeypatch, CLOCKS)
+    assert_shows("not done", monkeypatch, CLOCKS)
 
 
 def test_commits_are_told_before_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,4 +195,4 @@ def test_commits_are_told_before_they_are_written(monkeypatch: pytest.MonkeyPatc
         return told + [effect for effect in effects if effect not in told]
 
     monkeypatch.setattr(Ledger, "handle", hasty)
-    assert "before it is in its journal" in shown(monkeypatch)
+    assert_shows("before it is in its journal", monkeypatch)

@@ -1,18 +1,14 @@
 """The simulated world itself: time, processes, disks, streams."""
 
-from contextlib import nullcontext
 from random import Random
 
 import pytest
 
-from swarmnode.coordinator.events import CommitRecord
-from swarmnode.domain import BlobRef, Generation, JobId, PeerId, Plan, SlotId
+from swarmnode.domain import JobId
 from swarmnode.heartbeats import Ping
-from swarmnode.messages import Message, Ready
+from swarmnode.messages import Message
 from swarmnode.simulation.directory import Directory, View
 from swarmnode.simulation.disk import Disk
-from swarmnode.simulation.history import History
-from swarmnode.simulation.invariants import Invariants, Violation
 from swarmnode.simulation.network import End, Machine, Network, Protocol
 from swarmnode.simulation.world import Process, World
 
@@ -207,49 +203,3 @@ def test_a_full_disk_refuses_and_keeps_what_it_has() -> None:
     with pytest.raises(OSError, match="No space"):
         disk.replace("f", b"new")
     assert disk.read("f") == b"old"
-
-
-@pytest.mark.parametrize(
-    ("voters", "before", "needed"),
-    [("abc", "", ""), ("abcd", "", ""), ("ab", "", "a"), ("bc", "", "bc"), ("abc", "bc", "bc")],
-)
-def test_without_whom_the_other_voters_are_no_majority(
-    voters: str, before: str, needed: str
-) -> None:
-    """Half of them are one with the coordinator."""
-    plan = Plan(
-        Generation(1), ((0, 1),), ((PeerId("a"),),), PeerId("a"),
-        voters=tuple(map(PeerId, voters)), voters_before=tuple(map(PeerId, before)),
-    )  # fmt: skip
-    invariants, job = Invariants(), JobId("job")
-    invariants.add(job, History(1, 1, 1, 1, 1.0))
-    assert invariants.has_majority_without("a"), "nothing has begun"
-    invariants.begun(job, "a", plan, 0, findable=[])
-    assert [peer for peer in "abcde" if not invariants.has_majority_without(peer)] == list(needed)
-
-
-@pytest.mark.parametrize(
-    ("said", "findable", "is_found"),
-    [("ab", "ab", True), ("ab", "a", False), ("a", "ab", False), ("", "ab", False)],
-)
-def test_steps_are_given_up_only_where_nobody_who_held_them_can_be_reached(
-    said: str, findable: str, is_found: bool
-) -> None:
-    job = JobId("job")
-    plans = [
-        Plan(Generation(n), ((0, 1), (1, 2)), ((PeerId("a"),), (PeerId("b"),)), PeerId("a"))
-        for n in (1, 2)
-    ]
-    invariants, history = Invariants(), History(2, 1, 1, 1, 1.0)
-    invariants.add(job, history)
-    invariants.begun(job, "a", plans[0], 0, findable=[])
-    for peer in said:
-        slot = SlotId("ab".index(peer), 0)
-        invariants.said(
-            peer, Ready(job, Generation(1), 0, slot, (0,), BlobRef("0" * 64, 1), (), ())
-        )
-    right = history.step(0)
-    record = CommitRecord(Generation(1), 0, right.scale, 1.0, right.updates)
-    invariants.journaled(job, "a", record)
-    with pytest.raises(Violation, match="goes back to step 0 of 1") if is_found else nullcontext():
-        invariants.begun(job, "a", plans[1], 0, findable=list(findable))
