@@ -6,7 +6,8 @@ import pytest
 
 from swarmnode.config import DEPARTURE_FILE
 from swarmnode.coordinator.events import CommitRecord
-from tests.chaos.trial import Outcome, Trial, placings, suspend, until
+from swarmnode.coordinator.journal import read_journal
+from tests.chaos.trial import Outcome, Trial, committed, placings, suspend, until
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.timeout(240)]
 
@@ -45,6 +46,28 @@ def test_another_node_takes_over_and_the_old_coordinator_steps_down(
     until(lambda: job.views()[0].phase == "handed over", "the old coordinator steps down")
     assert job.views()[0].reason == f"{heir} coordinates it now"
     assert job.outcome() == undisturbed
+
+
+def test_a_coordinator_that_slept_changes_nothing(trial: Trial, undisturbed: Outcome) -> None:
+    """Its daemon wakes up in the middle of a step, and finds its job in the hands of another one.
+
+    What runs beside it goes on meanwhile: it is in the directory, and its child computes.
+    """
+    job = trial.submit("nodded-off")
+    before = job.reaches(6)
+    old = job.journal
+    with trial.daemon_asleep(0):
+        job.goes_on(before)
+        assert job.node != 0
+        heir = trial.peers[job.node]
+    until(lambda: job.views()[0].phase == "handed over", "it steps down")
+    assert job.views()[0].reason == f"{heir} coordinates it now"
+    job.until(lambda view: view.phase == "serving")
+    assert trial.peers[job.node] == heir
+    late, new = committed(read_journal(old)[0]), committed(job.records())
+    assert late == new[: len(late)], "of what it wrote last nothing differs"
+    assert job.outcome() == undisturbed
+    assert trial.fallen() == []
 
 
 def test_a_node_that_slept_is_fenced(trial: Trial, undisturbed: Outcome) -> None:

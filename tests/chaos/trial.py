@@ -6,7 +6,7 @@ The oracle is the undisturbed run: its loss of every step and the SHA-256 of its
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class Trial:
             node.variables = {"SWARMNODE_FAILPOINT": f"@{failpoint(node)}"}
         swarm.start()
         self.peers = [node.client.node().peer for node in swarm.nodes]
+        self.asleep: set[int] = set()
+        """Nodes that answer nothing, and are not asked."""
 
     def node(self, index: int) -> LocalNode:
         return self.swarm.node(index)
@@ -107,6 +109,18 @@ class Trial:
     def was_hit(self, index: int) -> bool:
         """Whether what was armed has killed somebody."""
         return not failpoint(self.node(index)).exists()
+
+    @contextlib.contextmanager
+    def daemon_asleep(self, index: int) -> Iterator[None]:
+        """Stop the daemon of a node, but nothing else of it, where it is; in the end it goes on."""
+        daemon = psutil.Process(self.node(index).client.node().pids["daemon"])
+        daemon.suspend()
+        self.asleep.add(index)
+        try:
+            yield
+        finally:
+            daemon.resume()
+            self.asleep.remove(index)
 
     def fallen(self) -> list[int]:
         """Nodes of which the daemon is dead, with all that they started."""
@@ -186,6 +200,8 @@ class Job:
         """What every node that ever coordinated it says, as far as they answer."""
         found = {}
         for node in self.trial.swarm.nodes:
+            if node.index in self.trial.asleep:
+                continue
             try:
                 found[node.index] = node.client.job(self.name)
             except SwarmError:  # it does not coordinate the job, or is dead
@@ -209,6 +225,8 @@ class Job:
 
     def _views(self) -> dict[int, JobView]:
         """As `views`; only of whoever coordinated it last while that one answers."""
+        if self.node in self.trial.asleep:
+            return self.views()
         try:
             view = self.trial.node(self.node).client.job(self.name)
         except SwarmError:
@@ -289,3 +307,9 @@ def placings(node: LocalNode, job: str) -> list[dict[str, Any]]:
     lines = (node.home / LOG_FILE).read_text(encoding="utf-8").splitlines()
     found = [line for line in map(json.loads, lines) if line["event"] == "job"]
     return [line for line in found if line["job"] == job and line["phase"] == "placing"]
+
+
+def committed(records: Sequence[Record]) -> list[tuple[object, ...]]:
+    """What was committed, whoever it was that said so."""
+    commits = [record for record in records if isinstance(record, CommitRecord)]
+    return [(record.step, record.scale, record.loss, record.updates) for record in commits]

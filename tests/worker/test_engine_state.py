@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from swarmnode.messages import (
 from swarmnode.tensorfiles import read_header
 from swarmnode.worker.engine.snapshots import Snapshots
 from swarmnode.worker.files import read_state_name, stage_directory, state_path
+from swarmnode.worker.training import state as states
 from swarmnode.worker.training.log import UpdateLog
 from swarmnode.worker.training.state import StageState
 from tests.tmpfs import tmpfs
@@ -225,7 +227,9 @@ def test_an_update_that_cannot_be_replayed_fails_and_leaves_the_former_state(
     assert swarm.step(2).losses
 
 
-def test_the_next_update_waits_for_the_copy_and_computing_does_not(tmp_path: Path) -> None:
+def test_the_next_update_waits_for_the_copy_and_computing_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     swarm = Swarm(make_manifest(tmp_path, LLAMA), [["a", "a"], ["a", "a"]], tmp_path)
     swarm.configure()
     engine = swarm.engines[PeerId("a")]
@@ -242,8 +246,14 @@ def test_the_next_update_waits_for_the_copy_and_computing_does_not(tmp_path: Pat
     assert not may_copy.is_set()
     state = engine._held[0]
     assert state.copying is not None
-    threading.Timer(0.2, may_copy.set).start()
-    swarm.commit(1)  # waits for the timer
+
+    def wait_a_while(copies: list[Future[None]]) -> None:
+        """The copy goes on only once the update waits for it."""
+        threading.Timer(0.1, may_copy.set).start()
+        wait(copies)
+
+    monkeypatch.setattr(states, "wait", wait_a_while)
+    swarm.commit(1)
     assert may_copy.is_set()
     assert state.stall_s > 0.05
     engine.close()
