@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from swarmnode.errors import BusyError, UserError
+from swarmnode.failpoints import hit
 
 KEPT_S = 7 * 86400.0
 """How long the files of a job stay that nobody asks for."""
@@ -63,6 +64,7 @@ def write_durably(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        hit("before_rename")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

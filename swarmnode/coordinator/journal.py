@@ -110,6 +110,7 @@ class Journal:
         """
         line = _line(record)
         hit("before_journal", self.num_lines)
+        hit(f"before_{type(record).__name__}")
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -120,6 +121,7 @@ class Journal:
         self._stops.append(self._whole_bytes + len(line))
         self._numbers.append(self.num_lines + 1)
         hit("after_journal", self.num_lines - 1)
+        hit(f"after_{type(record).__name__}")
         if isinstance(record, CheckpointRecord):
             self.checkpoints.append(record)
 
@@ -167,6 +169,7 @@ def fold_file(path: Path) -> list[Record]:
     """
     folded = fold(read_whole_journal(path)[0])
     write_durably(path, b"".join(map(_line, folded)))
+    hit("after_fold")
     return folded
 
 

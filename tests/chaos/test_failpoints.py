@@ -61,16 +61,31 @@ def test_a_node_dies_while_a_state_moves(trial: Trial, undisturbed: Outcome, pla
     assert job.outcome() == undisturbed
 
 
-def test_every_coordinator_dies_around_a_journal_write(trial: Trial, undisturbed: Outcome) -> None:
+@pytest.mark.parametrize(
+    "places",
+    [
+        (
+            "before_journal:2",  # the plan is on its way, and nobody knows yet that it has begun
+            "after_journal:6",  # between Ready and Commit: nobody knows of it but the disk
+            "commit_sent:5",  # one worker was told, the others were not
+            "before_journal:20",  # all are ready, and no disk knows it
+        ),
+        (
+            "before_CheckpointRecord",  # all of it is in the store, and no journal names it
+            "before_StartedRecord",  # a majority agreed to a plan that nobody knows
+            "after_CheckpointRecord",  # of a later step
+            "after_StartedRecord",  # one disk knows the plan
+        ),
+        ("before_EvaluationRecord", "after_EvaluationRecord"),  # after the last step
+    ],
+    ids=lambda places: places[0],
+)
+def test_every_coordinator_dies_around_a_journal_write(
+    trial: Trial, undisturbed: Outcome, places: tuple[str, ...]
+) -> None:
     """Again and again, whoever it is by then; each is started again at once."""
-    places = [
-        "before_journal:2",  # the plan is on its way, and nobody knows yet that it has begun
-        "after_journal:6",  # between Ready and Commit: nobody knows of it but the disk
-        "commit_sent:5",  # one worker was told, the others were not
-        "before_journal:20",  # all are ready, and no disk knows it
-    ]
     trial.arm_first(places[0])
-    job = trial.submit("heads", is_watched=False)
+    job = trial.submit(f"heads-{places[0].partition(':')[0]}", is_watched=False)
     for place, following in zip(places, [*places[1:], None], strict=True):
         until(lambda: trial.was_hit(0), f"a coordinator dies at {place}")
         until(lambda: len(trial.fallen()) == 1, "and all that it started")

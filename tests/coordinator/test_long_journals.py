@@ -1,7 +1,11 @@
 """Journals of long jobs: what is folded says the same, in lines that fit a message each."""
 
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +101,30 @@ def test_the_journal_of_a_job_of_60_000_steps_is_told_in_pieces_that_a_standby_t
     heard = told(JobId("0" * 16), journal, StandbyJournals(tmp_path / "standby"))
     assert outcome(heard) == outcome(written)
     journal.close()
+
+
+@pytest.mark.parametrize("place", ["before_rename", "after_fold"])
+def test_a_process_that_dies_while_it_folds_a_journal_leaves_it_whole(
+    path: Path, place: str
+) -> None:
+    written = long_job(5000, float, evaluate_every=50)
+    path.write_bytes(b"".join(map(_line, written)))
+    lines = (
+        "from pathlib import Path",
+        "from swarmnode.coordinator.journal import Journal",
+        f"Journal(Path({str(path)!r})).fold_if_long()",
+    )
+    env = {**os.environ, "SWARMNODE_FAILPOINT": place}
+    life = subprocess.run([sys.executable, "-c", "; ".join(lines)], env=env, check=False)
+    assert life.returncode == -signal.SIGKILL
+    journal = Journal(path)
+    assert (len(journal.found) < len(written)) is (place == "after_fold")
+    assert journal.num_lines == len(written)
+    assert outcome(journal.found) == outcome(written)
+    journal.fold_if_long()
+    journal.append(EvaluationRecord(5000, 1.0))
+    journal.close()
+    assert count_lines(read_journal(path)[0]) == len(written) + 1
 
 
 @pytest.mark.parametrize("evaluate_every", [1, 1 << 62])
