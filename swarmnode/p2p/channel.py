@@ -14,7 +14,7 @@ import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
-from swarmnode.errors import PeerError, PeerLostError
+from swarmnode.errors import PeerError, PeerLostError, ProtocolError
 from swarmnode.p2p import framing
 from swarmnode.p2p.framing import Kind
 from swarmnode.p2p.ports import EndOfStream, Urgency
@@ -22,6 +22,8 @@ from swarmnode.p2p.turns import YIELD_RATIO, Turn, Turns
 
 _log = logging.getLogger(__name__)
 _MUXER_SLACK_BYTES = 1 << 20
+_READ_BYTES = 64 << 10
+"""Most bytes decoded before other tasks have their turn: 16 Ki records, or one frame of ours."""
 _CLOSE_TIMEOUT_S = 30.0
 
 
@@ -210,9 +212,7 @@ class Channel:
         consumed_bytes = 0
         while True:
             try:
-                chunk = await self._muxed.conn.read_stream(
-                    self._muxed.stream_id, framing.WINDOW_BYTES
-                )
+                chunk = await self._muxed.conn.read_stream(self._muxed.stream_id, _READ_BYTES)
             except MuxedStreamEOF:
                 if self._is_ended_by_peer:
                     return
@@ -228,14 +228,19 @@ class Channel:
             for event in events:
                 match event:
                     case framing.Credit(num_bytes):
-                        self._credit_bytes += num_bytes
-                        self._signal()
+                        self._take_credit(num_bytes)
                     case framing.End() | framing.Bye():
                         self._is_ended_by_peer = True
                         self._inbox.end(EndOfStream())
                         await self._close_if_done()
                 if isinstance(event, framing.Bye):
                     return
+
+    def _take_credit(self, num_bytes: int) -> None:
+        self._credit_bytes += num_bytes
+        if self._credit_bytes > framing.WINDOW_BYTES:
+            raise ProtocolError(f"credit for {self._credit_bytes} bytes is more than a window")
+        self._signal()
 
     async def _write(self, record: bytes) -> None:
         """Write under the lock. Our credit is the smaller window, so the muxer's never closes."""

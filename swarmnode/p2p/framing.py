@@ -4,11 +4,12 @@ The wire is a sequence of records, each `u32 big-endian (kind << 30 | value)`:
     DATA    value payload bytes follow; all payloads together are `u32 length | bytes` messages
     CREDIT  the receiver may be sent value more bytes
     END     no message follows; the other direction goes on
-    BYE     the sender neither sends nor reads any more
+    BYE     the sender neither sends nor reads any more; what follows is not looked at
 
 Credit, not the muxer's window, holds back a sender whose reader pauses: a muxer may give up on a
 stream that nobody reads. A message costs its length plus `MESSAGE_OVERHEAD_BYTES`, so that a flood
-of empty messages is bounded as well.
+of empty messages is bounded as well. So is a flood of CREDIT: each is of `LEAST_CREDIT_BYTES` or
+more, and nobody may ever be given more than `WINDOW_BYTES` above what it has sent.
 """
 
 import struct
@@ -24,6 +25,8 @@ INITIAL_CREDIT_BYTES = 256 << 10
 """What each side may send before it hears of the other."""
 WINDOW_BYTES = 16 << 20
 """Most message bytes that wait unread at the receiver: 500 Mbit/s at 150 ms needs 9 MiB."""
+LEAST_CREDIT_BYTES = INITIAL_CREDIT_BYTES // 4
+"""Least value of a CREDIT: what the smallest window gives back at once."""
 MAX_RECORD_BYTES = 256 << 10
 """Largest payload of one DATA record."""
 MESSAGE_OVERHEAD_BYTES = 64
@@ -132,17 +135,18 @@ class Decoder:
         self._message_bytes = -1
         self._body = bytearray()
         self._is_ended = False
+        self._is_left = False
         self.spent_bytes = 0
         """Credit that the peer has spent since the start."""
 
     def feed(self, chunk: Buffer) -> list[Event]:
-        """Return what `chunk` completes, in order.
+        """Return what `chunk` completes, in order; CREDITs one after the other as one.
 
         Raises: FrameTooLargeError for a message over the limit, ProtocolError for other nonsense.
         """
         events: list[Event] = []
         view = memoryview(chunk)
-        while view.nbytes:
+        while view.nbytes and not self._is_left:
             if self._record_left_bytes:
                 taken = self._feed_payload(view[: self._record_left_bytes], events)
                 self._record_left_bytes -= taken
@@ -156,24 +160,22 @@ class Decoder:
 
     def _start_record(self, word: int, events: list[Event]) -> None:
         kind, value = Kind(word >> 30), word & _VALUE_MASK
-        is_sane = {
-            Kind.DATA: not self._is_ended and 0 < value <= MAX_RECORD_BYTES,
-            Kind.CREDIT: value > 0,
-            Kind.END: not self._is_ended and value == 0 and not self._is_inside_message,
-            Kind.BYE: value == 0,
-        }[kind]
-        if not is_sane:
-            raise ProtocolError(f"record {kind.name} of {value} makes no sense here")
         match kind:
-            case Kind.DATA:
+            case Kind.DATA if not self._is_ended and 0 < value <= MAX_RECORD_BYTES:
                 self._record_left_bytes = value
-            case Kind.CREDIT:
-                events.append(Credit(value))
-            case Kind.END:
+            case Kind.CREDIT if value >= LEAST_CREDIT_BYTES:
+                if events and isinstance(last := events[-1], Credit):
+                    events[-1] = Credit(last.num_bytes + value)
+                else:
+                    events.append(Credit(value))
+            case Kind.END if not self._is_ended and value == 0 and not self._is_inside_message:
                 self._is_ended = True
                 events.append(End())
-            case Kind.BYE:
+            case Kind.BYE if value == 0:
+                self._is_left = True
                 events.append(Bye())
+            case _:
+                raise ProtocolError(f"record {kind.name} of {value} makes no sense here")
 
     @property
     def _is_inside_message(self) -> bool:

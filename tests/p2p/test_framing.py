@@ -33,13 +33,14 @@ def test_messages_survive_any_cutting(
     messages: list[list[bytes]], credit_bytes: int, piece_bytes: int
 ) -> None:
     wire = b"".join(encode(*parts, credit_bytes=credit_bytes) for parts in messages)
-    wire += framing.encode_control(Kind.CREDIT, 7) + framing.encode_control(Kind.END)
+    credit = framing.LEAST_CREDIT_BYTES
+    wire += framing.encode_control(Kind.CREDIT, credit) + framing.encode_control(Kind.END)
     decoder = Decoder(max_message_bytes=200)
     events = []
     for start in range(0, len(wire), piece_bytes):
         events += decoder.feed(wire[start : start + piece_bytes])
     bodies = [b"".join(parts) for parts in messages]
-    assert events == [*(Message(bytearray(body)) for body in bodies), Credit(7), End()]
+    assert events == [*(Message(bytearray(body)) for body in bodies), Credit(credit), End()]
     assert decoder.spent_bytes == sum(map(framing.cost_bytes, bodies))
 
 
@@ -69,8 +70,22 @@ def test_control_records_pass_between_the_parts_of_a_message() -> None:
     outgoing = Outgoing([b"abcdef"])
     first, _ = outgoing.record(framing.MESSAGE_OVERHEAD_BYTES + 2)
     second, _ = outgoing.record(100)
-    wire = first + framing.encode_control(Kind.CREDIT, 5) + second
-    assert Decoder(6).feed(wire) == [Credit(5), Message(bytearray(b"abcdef"))]
+    credit = framing.LEAST_CREDIT_BYTES
+    wire = first + framing.encode_control(Kind.CREDIT, credit) + second
+    assert Decoder(6).feed(wire) == [Credit(credit), Message(bytearray(b"abcdef"))]
+
+
+def test_credits_one_after_the_other_are_one() -> None:
+    credit = framing.LEAST_CREDIT_BYTES
+    wire = framing.encode_control(Kind.CREDIT, credit) * 1000 + encode(b"x")
+    assert Decoder(1).feed(wire) == [Credit(1000 * credit), Message(bytearray(b"x"))]
+
+
+def test_nothing_is_looked_at_once_the_peer_has_left() -> None:
+    decoder = Decoder(100)
+    bye = framing.encode_control(Kind.BYE)
+    assert decoder.feed(bye * 1000) == [Bye()]
+    assert decoder.feed(bye + b"GET / HTTP/1.1") == []
 
 
 def test_an_oversized_message_is_refused_before_anything_is_allocated() -> None:
@@ -106,6 +121,7 @@ def test_an_announced_message_takes_no_memory_until_it_comes() -> None:
         framing.encode_control(Kind.DATA, 0),
         framing.encode_control(Kind.DATA, framing.MAX_RECORD_BYTES + 1),
         framing.encode_control(Kind.CREDIT, 0),
+        framing.encode_control(Kind.CREDIT, framing.LEAST_CREDIT_BYTES - 1),
         framing.encode_control(Kind.END, 1),
         framing.encode_control(Kind.BYE, 1),
         framing.encode_control(Kind.END) + framing.encode_control(Kind.END),
@@ -150,3 +166,25 @@ def test_a_message_larger_than_the_window_flows_to_a_waiting_reader() -> None:
         assert granted_bytes - sent_bytes <= 1 << 20
         sent_bytes = granted_bytes
         window.spend(sent_bytes)
+
+
+@given(
+    window_bytes=st.sampled_from([framing.INITIAL_CREDIT_BYTES, framing.WINDOW_BYTES]),
+    moves=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans()), max_size=60),
+)
+def test_no_honest_receiver_gives_too_little_or_too_much(
+    window_bytes: int, moves: list[tuple[float, float, bool]]
+) -> None:
+    """Whatever part of its credit a sender uses, and whatever part of that is taken."""
+    window, granted_bytes = Window(window_bytes), framing.INITIAL_CREDIT_BYTES
+    spent_bytes = delivered_bytes = 0
+    for used, taken, is_reader_waiting in moves:
+        spent_bytes += int(used * (granted_bytes - spent_bytes))
+        window.spend(spent_bytes)
+        num_bytes = int(taken * max(0, spent_bytes - delivered_bytes))
+        delivered_bytes += num_bytes
+        window.deliver(num_bytes)
+        credit = window.grant(is_reader_waiting=is_reader_waiting)
+        assert credit == 0 or credit >= framing.LEAST_CREDIT_BYTES
+        granted_bytes += credit
+        assert granted_bytes - spent_bytes <= framing.WINDOW_BYTES

@@ -1,9 +1,10 @@
 """The libp2p transport against peers that do not keep the rules."""
 
 import asyncio
+import struct
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -142,6 +143,112 @@ async def test_an_announced_two_gibibytes_are_refused_before_allocation() -> Non
 async def test_nonsense_breaks_the_stream() -> None:
     error, _ = await receive_error(b"GET / HTTP/1.1\r\n\r\n")
     assert isinstance(error, ProtocolError)
+
+
+class Decoded:
+    """What the decoders of a test are fed, and whether another trio task had its turn between."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chunks: list[tuple[int, int]] = []
+        """Bytes, and turns that the other task has had so far."""
+        self._num_turns = 0
+        feed = framing.Decoder.feed
+
+        def observed(decoder: framing.Decoder, chunk: bytes) -> list[framing.Event]:
+            self.chunks.append((len(chunk), self._num_turns))
+            return feed(decoder, chunk)
+
+        monkeypatch.setattr(framing.Decoder, "feed", observed)
+
+    async def take_turns(self) -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            self._num_turns += 1
+
+    def check_slices(self) -> None:
+        sizes, turns = zip(*self.chunks, strict=True)
+        assert max(sizes) <= 64 << 10
+        # trio runs all that can run once, in any order, before it runs one of them again
+        assert all(before < after for before, after in zip(turns, turns[2:], strict=False))
+
+
+async def write_frame(host: Host, peer: str, addresses: list[str], wire: bytes) -> None:
+    """Put `wire` into one frame of the muxer; return when the stream breaks."""
+    stream: Any = await host.open(peer, addresses, "/victim/1", 5.0)
+    muxed = stream.muxed_stream
+    header = struct.pack("!BBHII", 0, 0, 0, muxed.stream_id, len(wire))
+    await muxed.conn._write_frame(header + wire)
+    with suppress(BaseLibp2pError):
+        while True:
+            await stream.read(1 << 16)
+
+
+CREDIT_FLOODS = {
+    "of nothing": framing.encode_control(Kind.CREDIT, 1),
+    "of enough": framing.encode_control(Kind.CREDIT, framing.LEAST_CREDIT_BYTES),
+    "of much": framing.encode_control(Kind.CREDIT, (1 << 30) - 1),
+}
+
+
+@pytest.mark.parametrize("what", CREDIT_FLOODS)
+async def test_a_flood_of_credit_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """One frame of 4 Mi records, the largest that the muxer takes."""
+    errors: asyncio.Queue[Exception] = asyncio.Queue()
+
+    async def handler(stream: Stream) -> None:
+        try:
+            await stream.receive()
+        except ProtocolError as error:
+            errors.put_nowait(error)
+
+    decoded = Decoded(monkeypatch)
+    async with (
+        Libp2pTransport.start(b"a" * 32, LOOPBACK) as transport,
+        TrioBridge.start("hostile", lambda: Host.start(b"h" * 32, LOOPBACK)) as hostile,
+    ):
+        transport.serve("/victim/1", handler, max_message_bytes=1 << 20)
+        where = (transport.peer, list(transport.addresses))
+        flood = CREDIT_FLOODS[what] * (4 << 20)
+        tracemalloc.start()
+        try:
+            async with asyncio.timeout(20):
+                await hostile.call(write_frame, hostile.resource, *where, flood)
+                await errors.get()
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert [num_bytes for num_bytes, _ in decoded.chunks] == [64 << 10]
+    assert peak_bytes < 10 * len(flood)  # copies of the frame on both sides, nothing for a record
+
+
+async def test_a_message_in_crumbs_leaves_others_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stranger may send each byte in a record of its own, all of them in one frame."""
+    body = bytes(range(256)) * 512
+    crumbs = [framing.encode_control(Kind.DATA, 1) + bytes([byte]) for byte in body]
+    start = framing.encode_control(Kind.DATA, 4) + len(body).to_bytes(4, "big")
+    decoded = Decoded(monkeypatch)
+    received: asyncio.Future[bytes | bytearray] = asyncio.get_running_loop().create_future()
+
+    async def handler(stream: Stream) -> None:
+        received.set_result(await stream.receive())
+
+    async with (
+        Libp2pTransport.start(b"a" * 32, LOOPBACK) as transport,
+        TrioBridge.start("hostile", lambda: Host.start(b"h" * 32, LOOPBACK)) as hostile,
+    ):
+        transport.serve("/victim/1", handler, max_message_bytes=1 << 20)
+        transport._bridge.post_task(decoded.take_turns)
+        wire = start + b"".join(crumbs)
+        where = (transport.peer, list(transport.addresses))
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            writing = group.create_task(hostile.call(write_frame, hostile.resource, *where, wire))
+            assert await received == body
+            writing.cancel()
+    decoded.check_slices()
 
 
 async def test_more_than_the_credit_is_a_protocol_error() -> None:
