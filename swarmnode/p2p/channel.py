@@ -28,13 +28,20 @@ _CLOSE_TIMEOUT_S = 30.0
 
 
 class Inbox:
-    """Messages that wait for their reader, and how the stream ended. Safe from two threads."""
+    """Messages that wait for their reader, and how the stream ended. Safe from two threads.
 
-    def __init__(self, wake_reader: Callable[[], None]) -> None:
+    `places` are those of the connection. A stream that uses its window takes one, if there is one,
+    and has WINDOW_BYTES from then on; the window of all others is of INITIAL_CREDIT_BYTES.
+    """
+
+    def __init__(self, wake_reader: Callable[[], None], places: threading.Semaphore) -> None:
         self._wake_reader = wake_reader
+        self._places = places
         self._lock = threading.Lock()
         self._messages: deque[bytearray] = deque()
-        self._window = framing.Window()
+        self._window = framing.Window(framing.INITIAL_CREDIT_BYTES)
+        self._has_place = False
+        self._is_dropped = False
         self._is_reader_waiting = False
         self._end: Exception | None = None
 
@@ -42,23 +49,28 @@ class Inbox:
         """Add what has arrived; return the credit to send. Raises: ProtocolError on an overrun."""
         with self._lock:
             self._window.spend(spent_bytes)
+            if not spent_bytes or self._is_dropped or self._end is not None:
+                return 0
             self._messages += messages
             is_waiting = self._is_reader_waiting
             if messages:
                 self._wake()
-            return self._window.grant(is_reader_waiting=is_waiting and not messages)
+            return self._grant(is_reader_waiting=is_waiting and not messages)
 
     def end(self, error: Exception) -> None:
         """Let the reader find `error` after the last message. The first end is the one it sees."""
         with self._lock:
             if self._end is None:
                 self._end = error
+            self._give_place_back()
             self._wake()
 
     def drop(self) -> None:
-        """Forget what waits: the reader has reset the stream."""
+        """Forget what waits and what comes: the reader has done with the stream."""
         with self._lock:
+            self._is_dropped = True
             self._messages.clear()
+            self._give_place_back()
 
     def take(self) -> tuple[bytearray | None, int]:
         """Return the next message, or None if there is none yet, and the credit to send.
@@ -70,15 +82,28 @@ class Inbox:
                 if self._end is not None:
                     raise self._end
                 self._is_reader_waiting = True
-                return None, self._window.grant(is_reader_waiting=True)
+                return None, self._grant(is_reader_waiting=True)
             message = self._messages.popleft()
             self._window.deliver(framing.cost_bytes(message))
-            return message, self._window.grant(is_reader_waiting=False)
+            self._give_place_back()
+            return message, self._grant(is_reader_waiting=False)
 
     def stop_waiting(self) -> None:
         """Note that the reader has gone away without a message."""
         with self._lock:
             self._is_reader_waiting = False
+
+    def _grant(self, *, is_reader_waiting: bool) -> int:
+        if not self._has_place and self._end is None and self._places.acquire(blocking=False):
+            self._has_place = True
+            self._window.widen()
+        return self._window.grant(is_reader_waiting=is_reader_waiting)
+
+    def _give_place_back(self) -> None:
+        """Let another stream have the place once nothing waits here and nothing comes."""
+        if self._has_place and self._end is not None and not self._messages:
+            self._has_place = False
+            self._places.release()
 
     def _wake(self) -> None:
         if self._is_reader_waiting:
@@ -131,7 +156,6 @@ class Channel:
         error: Exception
         try:
             await self._widen_muxer_window()
-            await self.grant(self._inbox.put([], 0))
             await self._read()
             error = PeerLostError(self.peer, "the stream is closed")
         except (BaseLibp2pError, trio.BrokenResourceError, trio.ClosedResourceError) as caught:

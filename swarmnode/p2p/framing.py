@@ -231,6 +231,10 @@ class Window:
             raise ProtocolError(f"{total_bytes} bytes sent, {self._granted_bytes} granted")
         self._spent_bytes = total_bytes
 
+    def widen(self) -> None:
+        """Let WINDOW_BYTES wait from now on."""
+        self._window_bytes = WINDOW_BYTES
+
     def deliver(self, num_bytes: int) -> None:
         """Note that a message of this cost has left the queue."""
         self._delivered_bytes += num_bytes

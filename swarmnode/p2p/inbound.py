@@ -5,6 +5,7 @@ finishes take all places there are, and only notes that a peer sends more than i
 """
 
 import math
+import threading
 from typing import Any
 
 import trio
@@ -18,7 +19,10 @@ MAX_INBOUND = 250
 MAX_HANDSHAKES = 128
 """Handshakes that may be under way at once; the oldest makes room for one more."""
 MAX_UNREAD_BYTES = 64 << 20
-"""Bytes of one connection's streams that may wait to be read; some 4 times the largest window."""
+"""Bytes of one connection's streams that may wait to be decoded; some 4 largest windows."""
+MAX_WIDE_STREAMS = 16
+"""Streams of one connection of which WINDOW_BYTES may wait for a reader; of each other one only
+INITIAL_CREDIT_BYTES."""
 MAX_LINE_BYTES = 64 << 10
 """Longest message of the negotiation of a protocol."""
 
@@ -40,7 +44,8 @@ class _OverrunError(trio.TooSlowError):
 
 
 def bound_unread(network: Any) -> None:
-    """From now on hang up on a peer that has more than MAX_UNREAD_BYTES unread."""
+    """From now on hang up on a peer that has more than MAX_UNREAD_BYTES undecoded, and give each
+    connection MAX_WIDE_STREAMS `wide_places`."""
     upgrade = network.upgrader.upgrade_connection
 
     async def upgrade_bounded(connection: Any, peer: Any) -> Any:
@@ -53,6 +58,7 @@ def bound_unread(network: Any) -> None:
             return await read(num_bytes)
 
         muxed._read_data_body = read_bounded
+        muxed.wide_places = threading.BoundedSemaphore(MAX_WIDE_STREAMS)
         return muxed
 
     network.upgrader.upgrade_connection = upgrade_bounded

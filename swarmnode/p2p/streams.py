@@ -4,6 +4,7 @@ py-libp2p is imported only when a transport starts: it takes 80 MB and half a se
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -33,6 +34,7 @@ class Libp2pStream:
         bridge: "TrioBridge[Host]",
         peer: PeerId,
         max_message_bytes: int,
+        places: threading.Semaphore,
         make: "Callable[[Inbox], Channel]",
     ) -> None:
         from swarmnode.p2p.channel import Inbox
@@ -40,7 +42,7 @@ class Libp2pStream:
         self._bridge = bridge
         self._peer = peer
         self._max_message_bytes = max_message_bytes
-        self._inbox = Inbox(partial(bridge.tell, self._wake))
+        self._inbox = Inbox(partial(bridge.tell, self._wake), places)
         self._channel = make(self._inbox)
         self._waiter: asyncio.Future[None] | None = None
         self._send_lock = asyncio.Lock()
@@ -93,8 +95,9 @@ class Libp2pStream:
             await self._call_quietly(self._channel.close_write)
 
     async def leave(self) -> None:
-        """Close both ways; the peer still receives what was sent."""
+        """Close both ways; the peer still receives what was sent. What it sends is dropped."""
         self._is_ended_by_us = True
+        self._inbox.drop()
         async with self._send_lock:
             await self._call_quietly(self._channel.leave)
 
@@ -236,7 +239,8 @@ class Libp2pTransport:
             turns = self._bridge.resource.turns
             return Channel(stream, peer, inbox, max_message_bytes, turns, urgency)
 
-        return Libp2pStream(self._bridge, peer, max_message_bytes, make)
+        places = stream.muxed_stream.conn.wide_places
+        return Libp2pStream(self._bridge, peer, max_message_bytes, places, make)
 
     def _start_handler(self, handler: Handler, stream: LeavableStream, protocol: str) -> None:
         run = run_handler(handler, stream, protocol)

@@ -11,7 +11,16 @@ from contextlib import AbstractAsyncContextManager
 
 import async_solipsism
 import pytest
-from transport_worlds import MAX_MESSAGE_BYTES, World, echo, libp2p_world, memory_world
+from transport_worlds import (
+    MAX_MESSAGE_BYTES,
+    MEBIBYTE,
+    World,
+    echo,
+    libp2p_world,
+    memory_world,
+    send_until_blocked,
+    wait_blocked,
+)
 
 from swarmnode.domain import PeerId
 from swarmnode.errors import FrameTooLargeError, PeerLostError, RefusedError
@@ -19,23 +28,6 @@ from swarmnode.p2p import framing
 from swarmnode.p2p.ports import EndOfStream, Stream
 
 EnterWorld = Callable[[], AbstractAsyncContextManager[World]]
-MEBIBYTE = 1 << 20
-
-
-async def send_until_blocked(stream: Stream, sent: list[bytes]) -> None:
-    """Send distinct messages of 1 MiB for ever; those that went out are in `sent`."""
-    while True:
-        message = len(sent).to_bytes(4, "big") * (MEBIBYTE // 4)
-        await stream.send(message)
-        sent.append(message)
-
-
-async def wait_blocked(sent: list[bytes]) -> None:
-    """Return when nothing has gone out for half a second."""
-    num_sent = -1
-    while num_sent != len(sent):
-        num_sent = len(sent)
-        await asyncio.sleep(0.5)
 
 
 async def test_messages_arrive_whole_and_in_order(enter_world: EnterWorld) -> None:

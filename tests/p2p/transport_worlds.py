@@ -15,6 +15,7 @@ from swarmnode.p2p.ports import Stream, Transport
 from swarmnode.p2p.streams import Libp2pTransport
 
 MAX_MESSAGE_BYTES = 128 << 20
+MEBIBYTE = 1 << 20
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 
 
@@ -109,6 +110,22 @@ async def echo(stream: Stream) -> None:
 
 async def hold(stream: Stream) -> None:
     await asyncio.Event().wait()
+
+
+async def send_until_blocked(stream: Stream, sent: list[bytes]) -> None:
+    """Send distinct messages of 1 MiB for ever; those that went out are in `sent`."""
+    while True:
+        message = len(sent).to_bytes(4, "big") * (MEBIBYTE // 4)
+        await stream.send(message)
+        sent.append(message)
+
+
+async def wait_blocked(sent: list[bytes]) -> None:
+    """Return when nothing has gone out for half a second."""
+    num_sent = -1
+    while num_sent != len(sent):
+        num_sent = len(sent)
+        await asyncio.sleep(0.5)
 
 
 WORLDS = {"memory": memory_world, "libp2p": libp2p_world}
