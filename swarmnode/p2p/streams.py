@@ -209,8 +209,9 @@ class Libp2pTransport:
             return self._open_to_self(protocol, max_message_bytes)
         try:
             stream = await self._bridge.call(
-                self._bridge.resource.open, peer, addresses, protocol, self._open_timeout_s
-            )
+                self._bridge.resource.open, peer, addresses, protocol, self._open_timeout_s,
+                dispose=lambda unwanted: unwanted.reset(),
+            )  # fmt: skip
         except trio.RunFinishedError as error:
             raise PeerLostError(peer, "the transport has stopped") from error
         ours = self._wrap(stream, peer, max_message_bytes, urgency)

@@ -53,11 +53,17 @@ class TrioBridge(Generic[Resource]):
             thread.join(_STOP_TIMEOUT_S)
 
     async def call(
-        self, function: Callable[..., Awaitable[Result]], *args: Any, name: str | None = None
+        self,
+        function: Callable[..., Awaitable[Result]],
+        *args: Any,
+        name: str | None = None,
+        dispose: Callable[[Result], Awaitable[object]] | None = None,
     ) -> Result:
         """Await `function(*args)` on the trio side; cancelling this cancels it there.
 
-        After a cancellation this returns only when the trio side has let go of the arguments.
+        After a cancellation this returns only when the trio side has let go of the arguments. It
+        may have been done by then: such a result goes to `dispose`, on the trio side, which must
+        not raise.
         Raises: what `function` raises, or trio.RunFinishedError if the trio side is gone.
         """
         scope = trio.CancelScope()
@@ -71,7 +77,9 @@ class TrioBridge(Generic[Resource]):
             while not future.done():
                 with suppress(asyncio.CancelledError):  # raised again below
                     await asyncio.wait((future,))
-            future.exception()  # retrieved, since nobody else will
+            is_done = future.exception() is None  # retrieved, since nobody else will
+            if is_done and dispose is not None:
+                self.post_task(dispose, future.result())
             raise
         finally:
             self._pending.discard(future)

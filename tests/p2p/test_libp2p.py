@@ -2,13 +2,16 @@
 
 import asyncio
 import socket
+import threading
 import time
+from typing import Any
 
 import pytest
 from transport_worlds import LOOPBACK, echo, libp2p_world
 
 from swarmnode.domain import PeerId
 from swarmnode.errors import PeerLostError
+from swarmnode.p2p.ports import Stream
 from swarmnode.p2p.streams import Libp2pTransport
 
 
@@ -106,3 +109,36 @@ async def test_stopping_is_quick_and_breaks_its_streams() -> None:
                 await far.receive()
     with pytest.raises(PeerLostError):
         await far.send(b"x")
+
+
+async def test_a_stream_that_is_open_when_nobody_wants_it_any_more_is_reset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_open = threading.Event()
+    served: asyncio.Queue[Stream] = asyncio.Queue()
+
+    async def handler(stream: Stream) -> None:
+        served.put_nowait(stream)
+        await asyncio.Event().wait()
+
+    async with libp2p_world() as world:
+        assert isinstance(world.here, Libp2pTransport)
+        host = world.here._bridge.resource
+        open_stream = host.open
+
+        async def observed(*where: Any) -> Any:
+            stream = await open_stream(*where)
+            is_open.set()
+            return stream
+
+        monkeypatch.setattr(host, "open", observed)
+        world.there.serve("/victim/1", handler, max_message_bytes=1)
+        opening = asyncio.create_task(world.open("/victim/1"))
+        await asyncio.sleep(0)
+        assert is_open.wait(5)  # asyncio stands still, so it cannot have heard of it
+        opening.cancel()
+        async with asyncio.timeout(5):
+            theirs = await served.get()
+            with pytest.raises(PeerLostError):
+                await theirs.receive()
+        assert opening.cancelled()

@@ -58,6 +58,30 @@ async def test_cancelling_reaches_the_trio_side_before_the_caller_goes_on() -> N
         assert seen == ["cancelled"]
 
 
+async def test_a_result_that_comes_after_a_cancellation_is_disposed_of() -> None:
+    done = threading.Event()
+    disposed: asyncio.Queue[str] = asyncio.Queue()
+
+    async def work() -> str:
+        done.set()
+        return "result"
+
+    async with TrioBridge.start("bridge-test", resource) as bridge:
+
+        async def dispose(result: str) -> None:
+            bridge.tell(disposed.put_nowait, result)
+
+        task = asyncio.create_task(bridge.call(work, dispose=dispose))
+        await asyncio.sleep(0)
+        assert done.wait(5)  # this side stands still, so it cannot have the result yet
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert await asyncio.wait_for(disposed.get(), 5) == "result"
+        assert await bridge.call(work, dispose=dispose) == "result"
+    assert disposed.empty()
+
+
 async def test_a_timeout_cancels_the_trio_side() -> None:
     async with TrioBridge.start("bridge-test", resource) as bridge:
         with pytest.raises(TimeoutError):
