@@ -173,18 +173,19 @@ class Channel:
         await self._dispose()
 
     async def send(self, parts: tuple[Any, ...]) -> None:
-        """Send one message. Cancelled before its first byte left: withdrawn; after: reset.
+        """Send one message. Cancelled before its first write: withdrawn; before its end: reset.
 
         Raises: PeerLostError.
         """
-        message = framing.Outgoing(parts)
+        message, is_written = framing.Outgoing(parts), False
         try:
             with self._turns.taking(self._urgency) as turn:
                 while not message.is_done:
                     await self._send_record(message, turn)
+                is_written = True
                 await self._raw.wait_left()
         except trio.Cancelled:
-            if message.is_started and not message.is_done:
+            if message.is_started and not is_written:  # of a record, too, a part may have left
                 await self.reset()
             raise
 
@@ -276,10 +277,10 @@ class Channel:
             raise lost from error
 
     async def _write_control(self, kind: Kind, value: int = 0) -> None:
-        if self._broken is None:
-            with suppress(PeerLostError):
-                async with self._write_lock:
-                    await self._write(framing.encode_control(kind, value))
+        with suppress(PeerLostError):
+            async with self._write_lock:
+                self._check()  # here: whoever had the lock may have left a torn record
+                await self._write(framing.encode_control(kind, value))
 
     async def _close_if_done(self) -> None:
         if self._is_ended_by_us and self._is_ended_by_peer:

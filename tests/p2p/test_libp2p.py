@@ -7,12 +7,15 @@ import time
 from typing import Any
 
 import pytest
+import trio
+from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, MAX_MESSAGE_SIZE
 from transport_worlds import LOOPBACK, echo, libp2p_world
 
 from swarmnode.domain import PeerId
 from swarmnode.errors import PeerLostError
+from swarmnode.p2p.framing import LEAST_CREDIT_BYTES
 from swarmnode.p2p.ports import Stream
-from swarmnode.p2p.streams import Libp2pTransport
+from swarmnode.p2p.streams import Libp2pStream, Libp2pTransport
 
 
 async def test_another_peer_at_the_address_is_not_the_peer() -> None:
@@ -142,3 +145,46 @@ async def test_a_stream_that_is_open_when_nobody_wants_it_any_more_is_reset(
             with pytest.raises(PeerLostError):
                 await theirs.receive()
         assert opening.cancelled()
+
+
+async def test_a_send_that_is_cancelled_inside_its_last_record_resets_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A record is several frames of the muxer, and each may have to wait for the others' frames.
+
+    Here four bytes are left for the second frame: any control record would make them up.
+    """
+    body = bytes(MAX_MESSAGE_SIZE - HEADER_SIZE - 4)
+    async with libp2p_world() as world:
+        ours, theirs = await world.pair()
+        await ours.send(b"first")
+        assert await theirs.receive() == b"first"
+        assert isinstance(ours, Libp2pStream)
+        channel, bridge = ours._channel, ours._bridge
+        write_frame = channel._muxed.conn._write_frame
+        lengths: list[int] = []
+
+        async def keep_the_second_waiting(frame: bytes) -> None:
+            if len(frame) > HEADER_SIZE:
+                lengths.append(len(frame))
+            if len(frame) == HEADER_SIZE or len(lengths) != 2:
+                while len(lengths) >= 2 and channel._write_lock.locked():  # the reset comes late
+                    await trio.lowlevel.checkpoint()
+                await write_frame(frame)
+                return
+            bridge.post_task(channel.grant, LEAST_CREDIT_BYTES)
+            while not channel._write_lock.statistics().tasks_waiting:
+                await trio.lowlevel.checkpoint()
+            bridge.tell(sending.cancel)
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(channel._muxed.conn, "_write_frame", keep_the_second_waiting)
+        sending = asyncio.create_task(ours.send(body))
+        async with asyncio.timeout(10):
+            await asyncio.wait([sending])
+            with pytest.raises(PeerLostError):
+                await theirs.receive()
+            with pytest.raises(PeerLostError):
+                await ours.send(b"after")
+        assert sending.cancelled()
+        assert lengths == [MAX_MESSAGE_SIZE, HEADER_SIZE + 4]  # and nothing after that
