@@ -14,6 +14,7 @@ import pytest
 
 from swarmnode.coordinator import events as on
 from swarmnode.coordinator import room, runner
+from swarmnode.coordinator.job_files import JobFiles
 from swarmnode.coordinator.journal import read_journal
 from swarmnode.coordinator.runner import RunnerTools
 from swarmnode.coordinator.service import CoordinatorService
@@ -273,11 +274,13 @@ async def test_a_new_job_is_on_the_disk_with_the_name_of_its_folder(
         fsync(descriptor)
 
     async with Life(disk, tmp_path).running() as service:
+        files = JobFiles(disk / "job", manifest(), b"", FACTS)
         monkeypatch.setattr(os, "fsync", noted)
-        folder = disk / "job"
-        folder.mkdir()
-        service._write_job(folder, manifest().canonical(), b"", FACTS, None)
-    assert synced[-2:] == [str(folder), str(disk)]
+        with pytest.raises(SwarmError):  # its tokenizer is not in the store
+            service._laid_down(files)
+    assert synced[0] == str(disk)
+    assert str(files.directory) in synced[1:]
+    assert not files.directory.exists()
 
 
 def test_looking_for_room_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -177,16 +177,28 @@ async def send_frames(upgrader: TransportUpgrader, address: str, wire: bytes) ->
     return answer
 
 
-async def send_on_stream(host: Host, peer: str, addresses: Sequence[str], wire: bytes) -> bytes:
-    """Begin a stream with `wire` and no more; what comes back until it ends."""
+async def send_on_stream(host: Host, peer: str, addresses: Sequence[str], wire: bytes) -> None:
+    """Begin a stream with `wire` and no more, and wait for its end."""
     connection = await host._dial(peer, addresses)
     stream = await connection.new_stream()
-    answer = b""
     with trio.fail_after(5), suppress(BaseLibp2pError):
         await stream.write(wire)
         await stream.close_write()
-        while chunk := await stream.read(1 << 16):
+        while await stream.read(1 << 16):
+            pass
+
+
+async def greeted(host: Host, peer: str, addresses: Sequence[str]) -> bytes:
+    """Begin a stream as one should; the greeting. Whoever ends it sooner may lose that: py-libp2p
+    forgets what is unread when the other end resets a stream."""
+    connection = await host._dial(peer, addresses)
+    stream = await connection.new_stream()
+    answer = b""
+    with trio.fail_after(5):
+        await stream.write(MULTISTREAM)
+        while len(answer) < len(MULTISTREAM) and (chunk := await stream.read(1 << 16)):
             answer += chunk
+        await stream.reset()
     return answer
 
 
@@ -228,8 +240,9 @@ async def test_nonsense_on_a_stream_ends_that_stream_only(what: str) -> None:
         wire = (NEGOTIATION | DEFAULT_PROTOCOLS)[what]
         where = (host.peer, list(host.addresses))
         await bridge.call(send_on_stream, bridge.resource, *where, wire)
-        again = await bridge.call(send_on_stream, bridge.resource, *where, MULTISTREAM)
-        assert again == MULTISTREAM  # on the same connection
+        assert await bridge.call(greeted, bridge.resource, *where) == MULTISTREAM, (
+            "on the same line"
+        )
         await greet(host)
 
 
