@@ -104,7 +104,7 @@ async def _run(config: NodeConfig, on_ready: Callable[[Node], None], life: _Life
         for work in (*loops, services.sweep, services.worker.nurse):
             group.create_task(work(), name=work.__name__)
         services.node.finish = lambda: life.stops.put_nowait(None)
+        life.services = services
         await services.restore()  # first: whoever asks for a job of an earlier life finds it
         group.create_task(services.serve(on_ready), name="http")
-        life.services = services
         await asyncio.Event().wait()  # until cancelled

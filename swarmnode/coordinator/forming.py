@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -68,6 +68,8 @@ class Forming:
     inquiry: Inquiry
     wanted: Decision | None
     """A placement that was chosen before; taken if all its machines agree."""
+    prepared: Mapping[PeerId, Sequence[int]] = field(default_factory=dict)
+    """Who was to fetch which stages meanwhile; what it still lacks of them is waited for."""
     missing: tuple[int, ...] = ()
     """Stages whose state nobody can give so far."""
     _missing_since_s: float = math.inf
@@ -169,7 +171,8 @@ class Forming:
         """Whether nobody has to wait long until `peer` has the state of `stage`: what is large,
         and held by somebody else, is fetched while the job goes on."""
         is_small = state_bytes(self.facts, finder.layers, stage) <= AT_ONCE_BYTES
-        return is_small or finder.holds(stage, peer) or not finder.is_held(stage)
+        was_told = stage in self.prepared.get(peer, ())
+        return is_small or was_told or finder.holds(stage, peer) or not finder.is_held(stage)
 
     def _decide(
         self, head: Head, peers: list[Advert], is_near: Callable[[int, PeerId], bool]

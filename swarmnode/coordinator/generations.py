@@ -195,7 +195,7 @@ class Generations(Moves):
         inquiry = Inquiry(self._proposed, self.plan, self.me, is_begun=self.is_begun)
         self._forming = Forming(
             self.job, self.manifest, self.facts, self.me, self._signature,
-            inquiry, wanted,
+            inquiry, wanted, self._prepared(now_s),
         )  # fmt: skip
         try:
             effects = self._forming.ask(self.head, self.pool, now_s, self._leftover)

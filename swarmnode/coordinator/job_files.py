@@ -15,7 +15,7 @@ from swarmnode.coordinator.submission import unpack_folder
 from swarmnode.coordinator.tenure import Tenure
 from swarmnode.domain import ModelFacts
 from swarmnode.errors import SwarmError
-from swarmnode.home import write_durably
+from swarmnode.home import remove_partials, write_durably
 from swarmnode.manifest import Manifest, check
 from swarmnode.p2p.blob_store import BlobStore
 from swarmnode.p2p.identity import Identity
@@ -67,6 +67,7 @@ class JobFiles:
         tenure = Tenure(
             self.directory / LEASE_FILE, manifest.job, manifest.submitter, me, identity.sign
         )
+        remove_partials(self.directory)
         journal = Journal(self.directory / JOURNAL_FILE)
         try:
             if not journal.found:
@@ -84,10 +85,10 @@ def _readable(store: BlobStore, records: Sequence[on.Record]) -> list[on.Record]
 
     What so far is a piece of our own worker's files, or only borrowed, is kept from here on. Every
     byte is read of the newest whole one, from which a job may have to go on, but not of those
-    before it.
+    before it, nor where the job has ended.
     """
     kept: list[on.Record] = []
-    has_whole = False
+    has_whole = any(isinstance(record, on.EndRecord) for record in records)
     for record in reversed(records):
         if isinstance(record, on.CheckpointRecord):
             chunks = chunks_of(store, [record])

@@ -101,7 +101,7 @@ class Ledger(Generations):
             case on.StateStored(stage, step, index):
                 return self._on_stored(stage, step, index, now_s)
             case on.StateLost(step=step):
-                self._publications.give_up(step)
+                self._publications.lost(step, now_s)
                 self._save_again_s = now_s + patience.ASK_AGAIN_S
                 return []
             case on.Improved(asked, found):
@@ -204,7 +204,7 @@ class Ledger(Generations):
         except DivergedError as error:
             return self._end("failed", str(error))
         done = self.step + 1
-        may_save = not self._publications or done >= self.manifest.num_steps
+        may_save = self._publications.is_time(now_s) or done >= self.manifest.num_steps
         saves = may_save and self.is_checkpoint_due(done)
         snapshot = saves or self.is_snapshot_due(done)
         commit = Commit(self.job, self.generation, self.step, record.scale, snapshot)

@@ -1,6 +1,6 @@
 """A move to another placement in the making: who fetches what meanwhile, and when it is time."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 
 from swarmnode.coordinator import patience
 from swarmnode.coordinator.events import Effect
@@ -35,6 +35,14 @@ class Moves(JobState):
     def newcomers(self) -> Set[PeerId]:
         """Peers that fetch what they need for a plan to come."""
         return self._preparing.newcomers.keys() if self._preparing is not None else frozenset()
+
+    def _prepared(self, now_s: float) -> Mapping[PeerId, Sequence[int]]:
+        """Who has fetched which stages, or has had its time for it: without that nobody would ever
+        learn that it cannot, nor would a line that is slower than the log is long ever do."""
+        preparing = self._preparing
+        if preparing is None or not (preparing.is_ready or preparing.is_overdue(now_s)):
+            return {}
+        return preparing.newcomers
 
     def _prepare(self, decision: Decision, plan: Plan, now_s: float) -> list[Effect]:
         if self.is_trained:

@@ -1,5 +1,6 @@
 """Checkpoints on their way: asked of holders, published by them, stored by the coordinator."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from swarmnode.messages import (
 
 PATIENCE_S = 600.0
 """A publication that is not complete by then is given up."""
+PAUSE_S = 10.0
+"""Before the next one after one that could not be stored; doubles each time, up to PATIENCE_S."""
 
 
 @dataclass
@@ -30,9 +33,12 @@ class Publications:
 
     def __init__(self) -> None:
         self._open: dict[int, _Publication] = {}
+        self._pause_s = PAUSE_S
+        self._again_s = -math.inf
 
-    def __bool__(self) -> bool:
-        return bool(self._open)
+    def is_time(self, now_s: float) -> bool:
+        """Whether another one may begin: none is on its way, and the last did not just fail."""
+        return not self._open and now_s >= self._again_s
 
     def __contains__(self, step: int) -> bool:
         return step in self._open
@@ -64,10 +70,18 @@ class Publications:
         if wanted.stored != set(wanted.asked):
             return None
         self.give_up(step)
+        self._pause_s = PAUSE_S
         return CheckpointRecord(step, tuple(wanted.indexes[s] for s in sorted(wanted.asked)))
 
     def give_up(self, step: int) -> None:
         self._open.pop(step, None)
+
+    def lost(self, step: int, now_s: float) -> None:
+        """It cannot be stored here, for lack of room or because it came too slowly."""
+        if step in self._open:
+            self.give_up(step)
+            self._again_s = now_s + self._pause_s
+            self._pause_s = min(2 * self._pause_s, PATIENCE_S)
 
     def give_up_unanswered(self) -> None:
         """A new generation begins: holders that have not answered yet will not."""
@@ -84,4 +98,4 @@ class Publications:
         """Give up what has taken too long."""
         for step, wanted in list(self._open.items()):
             if now_s - wanted.since_s > PATIENCE_S:
-                self.give_up(step)
+                self.lost(step, now_s)

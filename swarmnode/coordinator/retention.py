@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,8 +119,7 @@ class Retention:
         own = {job.manifest.job: job for job in jobs}
         told = [self._as_told(standby.pop(job, []), led) for job, led in own.items()]
         told += [_in_order(self._former(job), records) for job, records in standby.items()]
-        if gone:
-            told += self._saved()
+        told += self._left_behind(own)
         forget_replaced(self._store, told, kept, gone)
         self._desk.update_soon()
 
@@ -143,12 +142,13 @@ class Retention:
             self._left[job] = (written, found)
         return self._left[job][1]
 
-    def _saved(self) -> Iterator[list[CheckpointRecord]]:
-        """The newest checkpoints of every job that was ever coordinated here. Raises: OSError."""
+    def _left_behind(self, own: Container[JobId]) -> Iterator[list[CheckpointRecord]]:
+        """The newest checkpoints of jobs that earlier lives coordinated here, and that are not, or
+        not yet, coordinated in this one. Raises: OSError."""
         for path in self._directory.glob(f"*/{JOURNAL_FILE}"):
-            records = read_journal(path)[0]
-            found = [record for record in records if isinstance(record, CheckpointRecord)]
-            yield found[-NUM_KEPT_CHECKPOINTS:]
+            job = JobId(path.parent.name)
+            if job not in own:
+                yield self._former(job)[-NUM_KEPT_CHECKPOINTS:]
 
 
 def _in_order(

@@ -44,6 +44,7 @@ from swarmnode.p2p.states import (
 )
 from swarmnode.papers import Papers
 from swarmnode.tensorfiles import read_header
+from swarmnode.threads import in_thread
 from swarmnode.tokenizer import TextTokenizer
 
 
@@ -87,7 +88,9 @@ class CoordinatorService:
         self._jobs: dict[JobId, RunningJob] = {}
         self._opening: defaultdict[JobId, asyncio.Lock] = defaultdict(asyncio.Lock)
         """Held while a thread writes or opens a job's files, and while they are deleted."""
-        self._is_restored = asyncio.Event()
+        self._reading: dict[JobId, asyncio.Event] = {}
+        """Jobs of earlier lives: each is set once it goes on here, or is known not to."""
+        self._is_listed = asyncio.Event()
         self._not_restored: dict[JobId, str] = {}
         """Jobs of earlier lives that do not go on here, and why."""
         self.checkpoints = CheckpointDesk(identity, tools.store, lambda: self.jobs, tools.log)
@@ -139,7 +142,11 @@ class CoordinatorService:
         job = parse_job(raw, base=base, source="job")
         try:
             files, notes = await self._prepared(job)
-            opened = await asyncio.to_thread(self._laid_down, files)
+            try:
+                opened = await in_thread(self._laid_down, files)
+            except asyncio.CancelledError:  # the node ends, and whoever asks is told so
+                await asyncio.to_thread(shutil.rmtree, files.directory, ignore_errors=True)
+                raise
         except OSError as error:
             path = error.filename or self._directory
             raise SwarmError(f"job not started: {path}: {error.strerror or error}") from error
@@ -190,8 +197,10 @@ class CoordinatorService:
 
     async def restore(self) -> None:
         """Start again every job that an earlier life of this node had not ended."""
-        for path in sorted(self._directory.glob(f"*/{JOB_FILE}")):
-            job = JobId(path.parent.name)
+        paths = sorted(self._directory.glob(f"*/{JOB_FILE}"))
+        self._reading = {JobId(path.parent.name): asyncio.Event() for path in paths}
+        self._is_listed.set()
+        for path, (job, is_read) in zip(paths, self._reading.items(), strict=True):
             try:
                 files = await asyncio.to_thread(JobFiles.read, path.parent)
                 if files.manifest.model.weights is not None and files.weights_path:
@@ -205,7 +214,8 @@ class CoordinatorService:
                     self._group.create_task(waiting, name=f"room for {job}")
             except Exception as error:  # of a stranger's making, perhaps: the other jobs go on
                 self._leave_out(job, error)
-        self._is_restored.set()
+            finally:
+                is_read.set()
         self._group.create_task(self.checkpoints.run(), name="checkpoints")
 
     async def _take_up(self, files: JobFiles) -> None:
@@ -236,7 +246,9 @@ class CoordinatorService:
     async def num_lines(self, job: JobId) -> int:
         """Lines of the journal of a job that is coordinated here, as soon as that is known; else
         0."""
-        await self._is_restored.wait()
+        await self._is_listed.wait()
+        if job in self._reading:
+            await self._reading[job].wait()
         running = self._jobs.get(job)
         return 0 if running is None or running.ledger.is_over else running.runner.num_lines
 

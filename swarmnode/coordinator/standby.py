@@ -79,12 +79,18 @@ class StandbyJournals:
         target = again if is_again else path  # the first copy goes on if line 0 only came twice
         if number != self._count(target):
             return []
-        if target.exists() and target.stat().st_size + len(lines) > MAX_JOURNAL_BYTES:
+        whole_bytes = target.stat().st_size if target.exists() else 0
+        if whole_bytes + len(lines) > MAX_JOURNAL_BYTES:
             return []
-        with target.open("ab") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with target.open("ab") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # or what comes next would follow a torn line
+                os.truncate(target, whole_bytes)
+            raise
         self._counts[target] = number + count_lines(records)
         self._lengths[target] += len(records)
         if target == again and self._recency(again) >= self._recency(path):

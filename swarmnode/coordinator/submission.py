@@ -87,9 +87,10 @@ async def prepare(
             f"the tokenizer has {tokenizer.num_tokens} tokens but the model's vocabulary only "
             f"{facts.vocab_size}; give a model with vocab_size >= {tokenizer.num_tokens}"
         )
-    data = await asyncio.to_thread(_publish_data, job, tokenizer, facts, store)
-    num_tokens = 0
-    if data is not None and job.codecs.keeps_deltas:
+    data, num_tokens = None, 0
+    if job.codecs.keeps_deltas:  # how much there is decides how large its caches are
+        data = await asyncio.to_thread(_publish_data, job, tokenizer, facts, store)
+    if data is not None:
         num_tokens = TokenIndex.parse(store.read(data.train)).num_tokens
         job = _with_caches_for(num_tokens, job, facts)
     placement = await decide_grid(job, facts)
@@ -98,6 +99,7 @@ async def prepare(
             f"codecs.sync: the model's tied embeddings lie on two of {placement.stages} stages and "
             "would go apart between exchanges; set placement.stages = 1 or leave codecs.sync out"
         )
+    data = data or await asyncio.to_thread(_publish_data, job, tokenizer, facts, store)
     content, start_step = ModelContent(config=config), 0
     if resumed is not None:
         trains = job.kind == "train"

@@ -59,6 +59,8 @@ class BlobStore:
         self.scratch = root / "partial"
         self._borrowed = root / "borrowed"
         self._lock = threading.Lock()
+        self._folders = threading.Lock()
+        """Held while one is made; never where the event loop waits."""
         self._ranges: dict[str, list[Range]] = {}
         """The same content may lie in several files: it is here as long as one of them is."""
         self._files: dict[Path, set[str]] = {}
@@ -240,7 +242,7 @@ class BlobStore:
     def _make_folder(self, path: Path) -> None:
         """Have the folder of an own file; no thread goes on before its name is on the disk."""
         if self._durable:
-            with self._lock:
+            with self._folders:
                 make_folder(path)
         else:
             path.mkdir(exist_ok=True)

@@ -49,7 +49,7 @@ class Inbox:
         """Add what has arrived; return the credit to send. Raises: ProtocolError on an overrun."""
         with self._lock:
             self._window.spend(spent_bytes)
-            if not spent_bytes or self._is_dropped or self._end is not None:
+            if self._is_dropped or self._end is not None:
                 return 0
             self._messages += messages
             is_waiting = self._is_reader_waiting
@@ -94,7 +94,8 @@ class Inbox:
             self._is_reader_waiting = False
 
     def _grant(self, *, is_reader_waiting: bool) -> int:
-        if not self._has_place and self._end is None and self._places.acquire(blocking=False):
+        wants_place = self._window.is_used and not self._has_place and self._end is None
+        if wants_place and self._places.acquire(blocking=False):
             self._has_place = True
             self._window.widen()
         return self._window.grant(is_reader_waiting=is_reader_waiting)

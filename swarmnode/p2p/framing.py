@@ -231,6 +231,11 @@ class Window:
             raise ProtocolError(f"{total_bytes} bytes sent, {self._granted_bytes} granted")
         self._spent_bytes = total_bytes
 
+    @property
+    def is_used(self) -> bool:
+        """Whether so much has come that a wider window may be of use."""
+        return self._spent_bytes >= INITIAL_CREDIT_BYTES // 2
+
     def widen(self) -> None:
         """Let WINDOW_BYTES wait from now on."""
         self._window_bytes = WINDOW_BYTES

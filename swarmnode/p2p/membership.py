@@ -142,6 +142,8 @@ class Membership:
         for peer in lost:
             incarnation = self._members.pop(peer).advert.incarnation
             self._former[peer] = (incarnation, now_s + MAX_LEASE_S + CLOCK_SLACK_S)
+        for peer in list(self._former)[: -self._max_peers]:  # the first to be lost, of a flood
+            del self._former[peer]
         return [Lost(peer) for peer in lost]
 
     def _take(self, subkey: str, record: bytes, now_s: float) -> list[Joined | Changed]:

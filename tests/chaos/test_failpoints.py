@@ -93,5 +93,5 @@ def test_every_coordinator_dies_around_a_journal_write(
         if following is not None:
             trial.arm_first(following)
         trial.spawn([victim])
-    trial.heal()  # others may have ended the job before the last one answers again
+    until(trial.node(victim).is_ready, "it answers; others may have ended the job by then")
     assert job.outcome() == undisturbed

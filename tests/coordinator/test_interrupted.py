@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
 from swarmnode.coordinator import events as on
-from swarmnode.coordinator.publications import Publications
+from swarmnode.coordinator.publications import PAUSE_S, Publications
 from swarmnode.domain import BlobRef, Generation, PeerId
-from swarmnode.messages import Evaluated, Save, Saved
+from swarmnode.messages import Evaluated, Ready, Save, Saved
 from tests.coordinator.bench import Bench, histories, manifest
 
 STEPS = 10
@@ -113,3 +114,28 @@ def test_an_evaluation_that_a_restart_interrupted_is_made_up_for() -> None:
     second.run()
     made = [r.step for r in second.journal if isinstance(r, on.EvaluationRecord)]
     assert made == [3, 6, 9, 10]
+
+
+@pytest.mark.parametrize("num_lost", [0, 4])
+def test_a_checkpoint_that_cannot_be_stored_is_not_asked_for_with_every_step(num_lost: int) -> None:
+    """There is no room for it; the pauses double, and the last state is waited for."""
+    steps, second_s = 200, 1.0
+    bench = Bench(manifest(steps=steps, checkpoint_every=2), "abcd").start()
+    times: list[float] = []
+    while bench.ledger.phase != "serving":
+        if not bench.inbox:
+            bench.tick(second_s)
+            continue
+        event = bench.inbox[0]
+        if isinstance(event, on.StateStored) and event.stage == 0 and len(times) < num_lost:
+            times.append(bench.now_s)
+            bench.inbox[0] = on.StateLost(0, event.step, event.index, "no space")
+        if isinstance(event, on.Heard) and isinstance(event.message, Ready):
+            bench.now_s += second_s / 4  # a step takes a second
+        bench.next()
+    pauses = [after - before for before, after in pairwise(times)]
+    assert pauses == sorted(pauses)
+    assert all(pause >= PAUSE_S for pause in pauses)
+    made = [r.step for r in bench.journal if isinstance(r, on.CheckpointRecord)]
+    assert made[-1] == steps
+    assert (len(made) == steps // 2) == (num_lost == 0)

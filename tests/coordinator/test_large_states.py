@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 
+from swarmnode.coordinator import events as on
 from swarmnode.coordinator.forming import AT_ONCE_BYTES
+from swarmnode.coordinator.preparing import MAX_FAILURES
 from swarmnode.coordinator.recovery import state_bytes
-from swarmnode.domain import ModelFacts
-from swarmnode.messages import Assign, Prepare
+from swarmnode.domain import ModelFacts, PeerId
+from swarmnode.messages import Assign, Prepare, Prepared
 from tests.coordinator.bench import FACTS, Bench, histories, manifest
 
 STEPS = 60
@@ -58,3 +60,35 @@ def test_the_job_goes_on_with_those_who_have_the_states(
     bench.run()
     assert bench.commits() == list(range(STEPS))
     assert histories(bench) == {tuple(range(STEPS))}
+
+
+def test_who_cannot_fetch_a_large_state_meanwhile_is_waited_for_in_the_end() -> None:
+    """Or it would be asked for ever: what it cannot do then, bars it."""
+    bench = Bench(manifest(steps=STEPS, checkpoint_every=0), "abcd", facts=LARGE).start()
+    until(bench, 5)
+    bench.kill("d")
+    num_prepared = 0
+    while how(bench) == {"keep"} or num_prepared == 0:
+        event = bench.inbox[0] if bench.inbox else on.Tick()
+        if isinstance(event, on.Heard) and isinstance(event.message, Prepared):
+            num_prepared += 1
+            bench.inbox[0] = on.Heard(event.peer, could_not(bench, event.peer, event.message))
+        bench.next() if bench.inbox else bench.tick(1.0)
+        if bench.now_s % 1.0 < 0.02:
+            bench.tick(1.0)
+        assert bench.ledger.step < STEPS - 1, "nobody became the second holder"
+    assert num_prepared == MAX_FAILURES
+    assert bench.ledger.plan is not None
+    assert not bench.ledger.plan.is_thin
+    bench.run()
+    assert bench.commits() == list(range(STEPS))
+    assert histories(bench) == {tuple(range(STEPS))}
+
+
+def could_not(bench: Bench, peer: PeerId, prepared: Prepared) -> Prepared:
+    """It has nothing of what it was to fetch."""
+    worker = bench.workers[peer]
+    assert bench.ledger.plan is not None
+    for stage in set(worker.stages) - set(bench.ledger.plan.stages_of(peer)):
+        del worker.stages[stage]
+    return dataclasses.replace(prepared, failure="no space left on device")

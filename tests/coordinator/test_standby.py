@@ -1,5 +1,6 @@
 """Copies of journals that others write: whole lines in order, and never shorter than before."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -40,6 +41,25 @@ def test_lines_are_taken_in_order_and_survive_a_restart(tmp_path: Path) -> None:
     assert again.num_lines(JOB) == 3
     again.take(JOB, 3, fourth)
     assert losses_of(again) == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_lines_that_could_not_be_written_leave_nothing_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = lines_of(tmp_path / "journal", [3.0, 2.0, 1.0])
+    standby, fsync = StandbyJournals(tmp_path / "standby"), os.fsync
+    standby.take(JOB, 0, first)
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="No space"):
+        standby.take(JOB, 1, second)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert standby.path(JOB).read_bytes() == first
+    standby.take(JOB, 1, second + third)
+    assert losses_of(standby) == [3.0, 2.0, 1.0]
 
 
 def test_what_an_earlier_life_left_is_on_the_disk_before_it_counts(

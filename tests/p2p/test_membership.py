@@ -97,6 +97,23 @@ def test_the_memory_of_lost_peers_ends() -> None:
     assert [type(e) for e in members.handle(reborn, later_s)] == [Joined]
 
 
+def test_the_memory_of_lost_peers_is_bounded() -> None:
+    """Strangers with short leases come and go; who was lost last is remembered."""
+    members = Membership(lease_s=30, max_peers=3)
+    for number in range(1, 8):
+        now_s = NOW_S + 10 * number
+        who = identity(number)
+        members.handle(Records({who.peer: record(who, now_s + 5, incarnation=2)}), now_s)
+    members.handle(Tick(), NOW_S + 80)
+    first, last = (
+        Records({who.peer: record(who, NOW_S + 110, incarnation=1)})
+        for who in (identity(1), identity(7))
+    )
+    assert [type(effect) for effect in members.handle(first, NOW_S + 80)] == [Joined]
+    assert members.handle(last, NOW_S + 80) == []
+    assert members.dropped == {"stale": 1}
+
+
 def test_another_device_is_a_change() -> None:
     members = Membership(lease_s=30)
     before = advert(A, NOW_S + 30)

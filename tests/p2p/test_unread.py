@@ -58,16 +58,22 @@ def test_a_place_is_free_once_nothing_waits_and_nothing_comes() -> None:
 
 def test_a_stream_that_is_read_has_the_whole_window_as_soon_as_there_is_a_place() -> None:
     first, second = inboxes(1, 2)
-    assert first.take() == (None, WIDE - NARROW)
-    assert second.take() == (None, 0)
+    used = framing.INITIAL_CREDIT_BYTES // 2
+    for inbox in (first, second):
+        assert inbox.take() == (None, 0)
+    assert first.put([], used) == used + WIDE - NARROW
+    assert second.put([], used) == used
     first.end(EndOfStream())
-    assert second.take() == (None, WIDE - NARROW)
+    assert second.put([], used + 1) == WIDE - NARROW + 1
 
 
-def test_a_stream_on_which_nothing_comes_takes_no_place() -> None:
-    """Most streams carry large messages one way only."""
-    sending, receiving = inboxes(1, 2)
+def test_a_stream_on_which_little_comes_takes_no_place() -> None:
+    """Many are only read in case that something comes, or carry large messages one way only."""
+    sending, asking, receiving = inboxes(1, 3)
     assert sending.put([], 0) == 0  # only the credit that its peer gives has come
+    for number in range(1, 100):
+        assert asking.put([bytearray(b"a request")], 100 * number) == 0
+        asking.take()
     assert fill(receiving) == WIDE
 
 

@@ -144,10 +144,12 @@ def test_of_those_who_wait_the_newest_counts_and_nothing_piles_up(slow: SlowDisk
     assert not list(stage_directory(slow.swarm.home / "a", 0).glob("*.partial"))
 
 
+@pytest.mark.parametrize("is_written", [False, True])
 def test_a_state_of_a_history_that_was_given_up_is_not_taken_for_the_one_computed_again(
-    slow: SlowDisk, monkeypatch: pytest.MonkeyPatch
+    slow: SlowDisk, monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
-    """One is being written, another waits, when the job goes back: files of the same names."""
+    """One is being written, another waits, or both are, when the job goes back: files of the same
+    names."""
     began, may_end = threading.Event(), threading.Event()
 
     def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -159,6 +161,10 @@ def test_a_state_of_a_history_that_was_given_up_is_not_taken_for_the_one_compute
     slow.goes_on()
     slow.step(snapshot=True)
     assert began.wait(60)
+    if is_written:  # whoever looked for what is stale has looked before
+        may_end.set()
+        slow.goes_on()
+        assert slow.written() == {0: [1], 1: [1]}
     slow.swarm.configure()
     slow.scales.clear()
     slow.step()

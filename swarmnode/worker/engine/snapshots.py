@@ -72,13 +72,16 @@ class Snapshots:
         return False
 
     def rewind(self, step: int) -> None:
-        """A generation begins after `step` committed steps: what is being written of more is of a
-        history that was given up, and must not be taken for what is computed again."""
+        """A generation begins after `step` committed steps: what is being written of more, or was
+        written last, is of a history that was given up, and must not be taken for what is computed
+        again."""
         for stage, writes in self._writes.items():
             for write in writes:
                 if write.step > step:
                     write.is_given_up = True
                     write.written.cancel()
+                    if write.written.done():
+                        write.path.unlink(missing_ok=True)
             self._writes[stage] = [write for write in writes if write.step <= step]
 
     def close(self) -> None:
