@@ -119,7 +119,7 @@ class Retention:
         own = {job.manifest.job: job for job in jobs}
         told = [self._as_told(standby.pop(job, []), led) for job, led in own.items()]
         told += [_in_order(self._former(job), records) for job, records in standby.items()]
-        told += self._left_behind(own)
+        told += self._left_behind({*own, *standby})
         forget_replaced(self._store, told, kept, gone)
         self._desk.update_soon()
 
@@ -142,12 +142,12 @@ class Retention:
             self._left[job] = (written, found)
         return self._left[job][1]
 
-    def _left_behind(self, own: Container[JobId]) -> Iterator[list[CheckpointRecord]]:
-        """The newest checkpoints of jobs that earlier lives coordinated here, and that are not, or
-        not yet, coordinated in this one. Raises: OSError."""
+    def _left_behind(self, known: Container[JobId]) -> Iterator[list[CheckpointRecord]]:
+        """The newest checkpoints of jobs that earlier lives coordinated here, and of which this one
+        knows no more, or not yet. Raises: OSError."""
         for path in self._directory.glob(f"*/{JOURNAL_FILE}"):
             job = JobId(path.parent.name)
-            if job not in own:
+            if job not in known:
                 yield self._former(job)[-NUM_KEPT_CHECKPOINTS:]
 
 

@@ -56,6 +56,22 @@ async def test_what_a_job_of_this_node_keeps_stays_whoever_ends(tmp_path: Path) 
         assert kept == [False, False, True, True]
 
 
+async def test_what_a_job_needs_that_is_not_restored_yet_stays(tmp_path: Path) -> None:
+    """Another one replaces checkpoints that have the same pieces."""
+    async with standby(tmp_path) as n:
+        job, states = signed(SURROGATE, n.store), put_states(n.store, b"state")
+        records = [record for record, _ in states]
+        own = tmp_path / "led" / "1234"
+        own.mkdir(parents=True)
+        (own / "journal").write_bytes(b"".join(map(_line, [FIRST, records[1]])))
+        submitter = await Submitter.begin(n, job)
+        await submitter.adopt()
+        await submitter.tell(FIRST, *records)
+        n.coordinator.retention.forget()
+        kept = [all(map(n.store.has, refs)) for _, refs in states]
+        assert kept == [False, True, True, True]
+
+
 async def test_a_life_that_ends_with_its_job_leaves_the_rest_to_the_next_sweep(
     tmp_path: Path,
 ) -> None:
