@@ -67,6 +67,7 @@ async def test_what_a_job_needs_that_is_not_restored_yet_stays(tmp_path: Path) -
         submitter = await Submitter.begin(n, job)
         await submitter.adopt()
         await submitter.tell(FIRST, *records)
+        await submitter.ask()
         n.coordinator.retention.forget()
         kept = [all(map(n.store.has, refs)) for _, refs in states]
         assert kept == [False, True, True, True]
