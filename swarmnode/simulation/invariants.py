@@ -35,6 +35,8 @@ class _Job:
     said: dict[tuple[int, str], int] = field(default_factory=dict)
     """By stage and machine: the newest step of which it has said that its update is on its disk;
     a plan that begins at an earlier one takes it off again."""
+    damaged: dict[str, Generation] = field(default_factory=dict)
+    """By machine: the newest generation when its disk last lost something."""
     ready: dict[tuple[Generation, SlotId], int] = field(default_factory=dict)
     """By slot or shadow of a generation: the newest step of which it was said at all."""
     begun: dict[Generation, tuple[str, Plan]] = field(default_factory=dict)
@@ -117,7 +119,8 @@ class Invariants:
         known.held_by = plan
         for stage in range(plan.num_stages):
             for peer in plan.holders(stage):
-                known.said[stage, peer] = known.head - 1
+                if known.damaged.get(peer, Generation(0)) < plan.generation:
+                    known.said[stage, peer] = known.head - 1
 
     def replaced_journal(self, job: JobId, who: str) -> None:
         """A machine takes over, with a journal that it was told."""
@@ -251,6 +254,7 @@ class Invariants:
         """Something that is lost was on a machine's disk: what it has said of it counts no more."""
         for known in self._jobs.values():
             known.said = {key: step for key, step in known.said.items() if key[1] != who}
+            known.damaged[who] = known.newest
 
     def wiped(self, who: str) -> None:
         """A machine has lost its disk, and so its promises."""

@@ -160,6 +160,20 @@ def test_that_all_were_placed_long_ago_makes_nobody_a_holder_now(begun: int) -> 
     told.begins(4, "b", 1)
 
 
+@pytest.mark.parametrize("loses_it", [True, False])
+def test_who_lost_its_disk_before_its_word_of_the_state_came_has_no_state(loses_it: bool) -> None:
+    """Seed 3586: Placed was on its way when the disk was wiped."""
+    told = Told()
+    told.begins(1, "a", 0)
+    told.commits(1, "a", 0, 2)
+    told.begins(2, "a", 2)
+    if loses_it:
+        told.invariants.damaged("b")
+    told.invariants.journaled(JOB, "a", BegunRecord(Generation(2)))
+    with nullcontext() if loses_it else pytest.raises(Violation, match="goes back to step 0 of 2"):
+        told.begins(3, "a", 0)
+
+
 @pytest.mark.parametrize("late", ["", "a", "b", "ab"])
 def test_nobody_is_told_of_a_commit_before_all_have_its_update(late: str) -> None:
     told = Told()
