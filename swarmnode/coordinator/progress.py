@@ -1,6 +1,8 @@
 """What people want to know of a job: losses, speed, traffic, recoveries. Decides nothing."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from swarmnode.codings import Coding, total
 from swarmnode.domain import PeerId
@@ -72,14 +74,16 @@ class Progress:
         self.recoveries += 1
         if self._lost_s is None:
             self._lost_s = now_s
-        for kind, count in self._sent.pop(peer, {}).items():
-            self._sent_before[kind] = self._sent_before.get(kind, 0) + count
-        self._codings_before = total((*self._codings_before, *self._codings.pop(peer, ())))
 
     def traffic(self, peer: PeerId, traffic: Traffic) -> None:
-        """A worker's counters since it took part; they only grow."""
-        self._sent[peer] = dict(traffic.bytes_by_kind)
-        self._codings[peer] = traffic.codings
+        """A worker's counters since it took part. They only grow: lower ones are of another life of
+        it. Who was only cut off goes on with those that it had."""
+        sent, codings = self._sent.get(peer, {}), self._codings.get(peer, ())
+        if sum(traffic.bytes_by_kind.values()) < sum(sent.values()):
+            self._sent_before = _sums((self._sent_before, sent))
+        if _raw_bytes(traffic.codings) < _raw_bytes(codings):
+            self._codings_before = total((*self._codings_before, *codings))
+        self._sent[peer], self._codings[peer] = dict(traffic.bytes_by_kind), traffic.codings
 
     @property
     def shown_losses(self) -> tuple[float, ...]:
@@ -94,11 +98,7 @@ class Progress:
 
     @property
     def bytes_by_kind(self) -> dict[SentKind, int]:
-        sums = dict(self._sent_before)
-        for counts in self._sent.values():
-            for kind, count in counts.items():
-                sums[kind] = sums.get(kind, 0) + count
-        return dict(sorted(sums.items()))
+        return _sums((self._sent_before, *self._sent.values()))
 
     @property
     def codings(self) -> tuple[Coding, ...]:
@@ -109,3 +109,15 @@ class Progress:
     @property
     def tokens_per_s(self) -> float | None:
         return self.tokens_per_step / self.step_s if self.step_s else None
+
+
+def _sums(counters: Iterable[Mapping[SentKind, int]]) -> dict[SentKind, int]:
+    """By kind, sorted."""
+    found: Counter[SentKind] = Counter()
+    for each in counters:
+        found.update(each)
+    return dict(sorted(found.items()))
+
+
+def _raw_bytes(codings: Iterable[Coding]) -> int:
+    return sum(coding.raw_bytes for coding in codings)

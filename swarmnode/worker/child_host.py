@@ -127,9 +127,13 @@ class ChildHost:
             self._given_up.add(task)
             task.add_done_callback(self._given_up.discard)
 
-    async def _prepare(self, prepare: Prepare) -> None:
+    async def _until_given_up(self) -> None:
+        """Return when nothing that was cancelled writes a file any more."""
         if self._given_up:
             await asyncio.wait(self._given_up)
+
+    async def _prepare(self, prepare: Prepare) -> None:
+        await self._until_given_up()
         tools, keeper, plan = self._tools, self._keeper, prepare.plan
         assign = Assign(self._job, plan, prepare.step, prepare.sources, b"")
         try:
@@ -157,8 +161,7 @@ class ChildHost:
 
     async def _assign(self, assign: Assign) -> None:
         """Fetch what is missing, then make the child ready for the generation."""
-        if self._given_up:
-            await asyncio.wait(self._given_up)
+        await self._until_given_up()
         tools, keeper, plan = self._tools, self._keeper, assign.plan
         try:
             planned = plan_handoffs(assign, tools.me, self._manifest, keeper)

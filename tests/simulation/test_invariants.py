@@ -42,6 +42,11 @@ class Told:
             self.says(generation, at)
             self.writes(generation, who, at)
 
+    def takes_over(self, who: str, num_steps: int) -> None:
+        """Somebody goes on from its copy of the journal, with so many steps."""
+        self.invariants.replaced_journal(JOB, who)
+        self.invariants.restored(JOB, who, num_steps)
+
     def writes(self, generation: int, who: str, step: int) -> None:
         """A coordinator writes a commit; all have said that they are ready."""
         right = self._history.step(step)
@@ -71,8 +76,7 @@ def test_a_step_is_in_a_journal_once_after_a_restart_or_a_takeover_too() -> None
     told.begins(1, "a", 0)
     told.commits(1, "a", 0, 2)
     told.invariants.restored(JOB, "a", 2)
-    told.invariants.replaced_journal(JOB, "b")
-    told.invariants.restored(JOB, "b", 2)
+    told.takes_over("b", 2)
     for who in "ab":
         with pytest.raises(Violation, match="but its journal has 2 steps"):
             told.writes(1, who, 1)
@@ -82,8 +86,7 @@ def test_who_takes_over_may_commit_what_the_last_one_committed_before_it_was_los
     told = Told()
     told.begins(1, "a", 0)
     told.commits(1, "a", 0, 2)
-    told.invariants.replaced_journal(JOB, "b")
-    told.invariants.restored(JOB, "b", 1)
+    told.takes_over("b", 1)
     told.writes(1, "b", 1)
     told.begins(2, "b", 2)
     told.commits(2, "b", 2)
@@ -96,8 +99,7 @@ def test_what_a_former_coordinator_writes_late_hides_no_loss_by_its_successor(wh
     told = Told()
     told.begins(1, "a", 0)
     told.commits(1, "a", 0)
-    told.invariants.replaced_journal(JOB, "b")
-    told.invariants.restored(JOB, "b", 1)
+    told.takes_over("b", 1)
     told.begins(3, "b", 1)
     told.commits(3, "b", 1, 3)
     if what == "commit":
@@ -113,8 +115,7 @@ def test_what_a_former_coordinator_writes_late_hides_no_loss_by_its_successor(wh
 def test_a_plan_of_before_that_is_told_late_gives_up_nothing() -> None:
     told = Told()
     told.begins(1, "a", 0)
-    told.invariants.replaced_journal(JOB, "b")
-    told.invariants.restored(JOB, "b", 0)
+    told.takes_over("b", 0)
     told.begins(3, "b", 0)
     told.commits(3, "b", 0, 2)
     told.begins(2, "a", 0)
@@ -127,8 +128,7 @@ def test_a_commit_of_before_that_is_written_late_is_no_step_that_can_be_lost() -
     told = Told()
     told.begins(1, "a", 0)
     told.commits(1, "a", 0)
-    told.invariants.replaced_journal(JOB, "b")
-    told.invariants.restored(JOB, "b", 1)
+    told.takes_over("b", 1)
     told.begins(2, "b", 1)
     told.writes(1, "a", 1)
     told.says(2, 1)
@@ -139,8 +139,7 @@ def test_who_takes_over_with_less_of_the_journal_hides_no_loss_by_what_it_finds(
     told = Told()
     told.begins(1, "a", 0)
     told.commits(1, "a", 0, 4)
-    told.invariants.replaced_journal(JOB, "b")
-    told.invariants.restored(JOB, "b", 1)
+    told.takes_over("b", 1)
     told.writes(1, "b", 1)
     with pytest.raises(Violation, match="b goes back to step 2 of 4"):
         told.begins(2, "b", 2)

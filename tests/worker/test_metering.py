@@ -134,7 +134,18 @@ def test_a_job_shows_the_codings_of_all_its_workers() -> None:
         == "gradient in int8: 400 B, float32 / 4.0, 2.0 s, error 10.00%"
     )
     assert coding_lines(()) == "-"
-    progress.lost(STRANGER.peer, 1.0)
-    progress.traffic(STRANGER.peer, Traffic(GOOD.job, {}, 0.0, (), (ONE,)))
+
+
+@pytest.mark.parametrize(("is_new_life", "times"), [(True, 6), (False, 5)])
+def test_what_a_lost_worker_did_counts_once(is_new_life: bool, times: int) -> None:
+    """Who was killed counts from nothing when it is back; who was cut off goes on counting."""
+    progress = Progress(GOOD, 0.0)
+    counters = (1, 3, 5) if not is_new_life else (1, 3, 1, 3)
+    for number, count in enumerate(counters):
+        if number == 2:
+            progress.lost(STRANGER.peer, 1.0)
+        told = Traffic(GOOD.job, {"gradient": 10 * count}, 0.0, (), total([ONE] * count))
+        progress.traffic(STRANGER.peer, told)
     (found,) = progress.codings
-    assert found.raw_bytes == 5 * ONE.raw_bytes, "it counts from nothing since it came back"
+    assert found.raw_bytes == times * ONE.raw_bytes
+    assert progress.bytes_by_kind == {"gradient": 10 * times}

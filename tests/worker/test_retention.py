@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from standby_node import FIRST, Submitter, signed, standby, until
 from test_standby_faults import SURROGATE, put_states
 
 from swarmnode.coordinator import succession
-from swarmnode.coordinator.events import EndRecord
+from swarmnode.coordinator.events import CheckpointRecord, EndRecord
 from swarmnode.coordinator.journal import _line
 from swarmnode.home import KEPT_S
 from swarmnode.manifest import Manifest
@@ -22,6 +23,13 @@ END = EndRecord("stopped", "done")
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(succession, "PATIENCE_S", 1e6)
+
+
+def leave_journal(folder: Path, checkpoints: Sequence[CheckpointRecord]) -> None:
+    """What an earlier life left of a job that it coordinated."""
+    own = folder / "led" / "1234"
+    own.mkdir(parents=True)
+    (own / "journal").write_bytes(b"".join(map(_line, [FIRST, *checkpoints])))
 
 
 async def test_the_checkpoints_of_a_job_go_with_its_journal_once_it_has_ended(
@@ -44,9 +52,7 @@ async def test_what_a_job_of_this_node_keeps_stays_whoever_ends(tmp_path: Path) 
     async with standby(tmp_path) as n:
         job, states = signed(SURROGATE, n.store), put_states(n.store, b"state")
         records = [record for record, _ in states]
-        own = tmp_path / "led" / "1234"
-        own.mkdir(parents=True)
-        (own / "journal").write_bytes(b"".join(map(_line, [FIRST, *records])))
+        leave_journal(tmp_path, records)
         submitter = await Submitter.begin(n, job)
         await submitter.adopt()
         await submitter.tell(FIRST, *records, END)
@@ -61,9 +67,7 @@ async def test_what_a_job_needs_that_is_not_restored_yet_stays(tmp_path: Path) -
     async with standby(tmp_path) as n:
         job, states = signed(SURROGATE, n.store), put_states(n.store, b"state")
         records = [record for record, _ in states]
-        own = tmp_path / "led" / "1234"
-        own.mkdir(parents=True)
-        (own / "journal").write_bytes(b"".join(map(_line, [FIRST, records[1]])))
+        leave_journal(tmp_path, records[1:2])
         submitter = await Submitter.begin(n, job)
         await submitter.adopt()
         await submitter.tell(FIRST, *records)
